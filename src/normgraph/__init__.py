@@ -1,0 +1,41 @@
+"""Normalization layers, forward and backward, as explicit ONNX graphs compiled through Apache TVM."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from normgraph.errors import NormGraphError
+
+if TYPE_CHECKING:
+    from normgraph import compile, graphs, runtime  # noqa: A004
+    from normgraph.api import build
+    from normgraph.runtime import load
+    from normgraph.spec import NormSpec
+
+__version__ = "0.1.0"
+__all__ = ["NormGraphError", "NormSpec", "build", "compile", "graphs", "load", "runtime"]
+
+# Resolved on first use, so that loading an artifact imports neither onnx nor the compiler.
+_LAZY = {
+    "NormSpec": ("normgraph.spec", "NormSpec"),
+    "build": ("normgraph.api", "build"),
+    "load": ("normgraph.runtime", "load"),
+    "compile": ("normgraph.compile", None),
+    "graphs": ("normgraph.graphs", None),
+    "runtime": ("normgraph.runtime", None),
+    "errors": ("normgraph.errors", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module 'normgraph' has no attribute {name!r}") from None
+    loaded = importlib.import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
