@@ -6,12 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normgraph.errors import NormGraphError
+from normgraph.host import check_host
 
 if TYPE_CHECKING:
     from normgraph import compile, graphs, runtime  # noqa: A004
     from normgraph.api import build
     from normgraph.runtime import load
     from normgraph.spec import NormSpec
+
+check_host()
 
 __version__ = "0.1.0"
 __all__ = ["NormGraphError", "NormSpec", "build", "compile", "graphs", "load", "runtime"]
@@ -29,13 +32,17 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    """The public names and subpackages, imported on first use."""
     try:
         module, attribute = _LAZY[name]
     except KeyError:
         raise AttributeError(f"module 'normgraph' has no attribute {name!r}") from None
     loaded = importlib.import_module(module)
-    return loaded if attribute is None else getattr(loaded, attribute)
+    value = loaded if attribute is None else getattr(loaded, attribute)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
+    """The names `__getattr__` knows, beside the usual ones."""
     return sorted({*globals(), *_LAZY})

@@ -53,6 +53,12 @@ class ArtifactIncompatible(ArtifactError):
     exit_code = 4
 
 
+class HostError(NormGraphError, ImportError):
+    """An operating system, machine or Python that normgraph does not run on."""
+
+    exit_code = 4
+
+
 class CompileError(NormGraphError, RuntimeError):
     """A graph that could not be compiled, or a kernel that failed its self-test."""
 

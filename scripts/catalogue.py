@@ -1,0 +1,88 @@
+"""The catalogue: every operator in float32 and float16, all kinds, compiled for one target."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from normgraph.errors import NormGraphError
+from normgraph.scripts.console import Progress, log
+from normgraph.spec import NormSpec
+
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operator of the catalogue. Extents that no parameter has are names: any size fits."""
+
+    spec: NormSpec
+    shape: tuple[int | str, ...]
+
+
+ENTRIES = (
+    Entry(NormSpec("batch_norm"), ("N", 64, "H", "W")),
+    Entry(NormSpec("instance_norm"), ("N", 64, "H", "W")),
+    Entry(NormSpec("group_norm", groups=32), ("N", 64, "H", "W")),
+    Entry(NormSpec("layer_norm"), ("N", "T", 768)),
+    Entry(NormSpec("rms_norm"), ("N", "T", 768)),
+)
+
+
+def build_catalogue(
+    out: Path,
+    target: str = "cpu",
+    *,
+    operators: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Build one artifact for each entry and dtype, in `out`/<operator>-<dtype>.
+
+    `operators` leaves out all others. Raises what a build raises, and then keeps what was built.
+    """
+    from normgraph import compile as compiler
+    from normgraph import graphs
+
+    jobs = [
+        (entry, dtype)
+        for entry in ENTRIES
+        if not operators or entry.spec.op in operators
+        for dtype in DTYPES
+    ]
+    paths = []
+    for number, (entry, dtype) in enumerate(jobs, 1):
+        name = f"{entry.spec.op}-{dtype}"
+        if progress is not None:
+            progress(f"{number}/{len(jobs)} {name}")
+        with tempfile.TemporaryDirectory() as folder:
+            graphs.export(entry.spec, shape=entry.shape, dtype=dtype, out=folder)
+            paths.append(compiler.build(folder, target=target, out=out / name))
+    return paths
+
+
+def main() -> int:
+    """Build the catalogue and print the path of each artifact."""
+    parser = argparse.ArgumentParser(prog="compile-catalogue", description=__doc__)
+    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("build/catalogue"))
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="only these")
+    options = parser.parse_args()
+    progress = Progress()
+    try:
+        for path in build_catalogue(
+            options.out, options.target, operators=options.operators, progress=progress
+        ):
+            print(path)
+    except NormGraphError as error:
+        log(f"error: {error}")
+        return error.exit_code
+    progress("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

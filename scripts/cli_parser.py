@@ -1,0 +1,173 @@
+"""The arguments of every command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from normgraph import __version__
+from normgraph.scripts import cli_artifact, cli_build, cli_check, cli_doctor, cli_run
+from normgraph.spec import CONVENTIONS, DTYPES, OPERATORS
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; `options.command` of what it parses is the function to call with `options`."""
+    parser = argparse.ArgumentParser(
+        prog="normgraph",
+        description="Normalization layers, forward and backward, as ONNX graphs compiled through "
+        "Apache TVM to one kernel each.",
+        epilog="Exit codes: 0 ok, 1 accuracy failed, 2 usage, 3 artifact missing or damaged, "
+        "4 this host cannot run it, 5 compile failed, 6 a tool is missing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"normgraph {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
+        return sub
+
+    _export(command("export", cli_build.export, "write the ONNX graphs of one operator"))
+    _compile(command("compile", cli_build.compile_, "compile exported graphs to an artifact"))
+    _verify(command("verify", cli_check.verify, "hold every output against float64 NumPy"))
+    _run(command("run", cli_run.run, "run one kind of an artifact on arrays from files"))
+    _bench(command("bench", cli_check.bench, "time an artifact against its peers"))
+    _inspect(command("inspect", cli_artifact.inspect, "show what an artifact holds"))
+    _json(command("targets", cli_artifact.targets, "list the known targets"))
+    _json(command("doctor", cli_doctor.doctor, "report what this machine has and lacks"))
+    return parser
+
+
+def shape(text: str) -> tuple[int | str, ...]:
+    """`N,64,H,W` as ints and names."""
+    dims = [dim.strip() for dim in text.split(",")]
+    for dim in dims:
+        if not (dim.isidentifier() or dim.isdecimal()):
+            raise argparse.ArgumentTypeError(
+                f"expected numbers and names with commas between, such as N,64,H,W; got {text!r}"
+            )
+    return tuple(int(dim) if dim.isdecimal() else dim for dim in dims)
+
+
+def numeric_shape(text: str) -> tuple[int, ...]:
+    """`8,64,56,56` as ints."""
+    dims = tuple(dim for dim in shape(text) if isinstance(dim, int))
+    if len(dims) != text.count(",") + 1:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas between, such as 8,64,56,56; got {text!r}"
+        )
+    return dims
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`dx,dgamma` as names."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"expected names with commas between; got {text!r}")
+    return parts
+
+
+def number_or(word: str) -> Callable[[str], float | None]:
+    """A parser for a number, or `word`, which stands for None."""
+
+    def parse(text: str) -> float | None:
+        if text.lower() == word:
+            return None
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected a number or {word!r}; got {text!r}"
+            ) from None
+
+    return parse
+
+
+def _export(sub: argparse.ArgumentParser) -> None:
+    # An option that is not given is not passed on: the defaults are NormSpec's.
+    unset = argparse.SUPPRESS
+    sub.add_argument("op", metavar="OPERATOR", choices=OPERATORS, help=", ".join(OPERATORS))
+    sub.add_argument("--shape", type=shape, required=True, metavar="N,64,H,W", help="of x")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of x (float32)")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--kinds", type=names, metavar="forward,backward", help="default: all")
+    spec = sub.add_argument_group("options of the operator")
+    spec.add_argument(
+        "--eps", type=number_or("none"), default=unset, help="1e-5; 'none': machine epsilon"
+    )
+    spec.add_argument("--groups", type=int, default=unset, help="of group_norm")
+    spec.add_argument("--normalized-ndim", type=int, default=unset, help="layer_norm, rms_norm: 1")
+    spec.add_argument("--no-weight", dest="weight", action="store_false", default=unset)
+    spec.add_argument("--no-bias", dest="bias", action="store_false", default=unset)
+    spec.add_argument("--correction", type=int, choices=(0, 1), default=unset, help="0")
+    spec.add_argument(
+        "--track-running-stats", action=argparse.BooleanOptionalAction, default=unset
+    )
+    spec.add_argument(
+        "--momentum",
+        type=number_or("input"),
+        default=unset,
+        help="a number, or 'input' to make it an input of the graph",
+    )
+    spec.add_argument("--convention", choices=CONVENTIONS, default=unset)
+    spec.add_argument("--param-dtype", choices=DTYPES, default=unset)
+
+
+def _compile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("src", type=Path, metavar="GRAPHS", help="what export wrote")
+    sub.add_argument("--target", default="cpu", help="cpu, or one that 'targets' lists")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument(
+        "--debug-dump", type=Path, metavar="DIR", help="write the IR after each step there"
+    )
+
+
+def _verify(sub: argparse.ArgumentParser) -> None:
+    _artifact(sub)
+    sub.add_argument("--shape", type=numeric_shape, metavar="8,64,56,56", help="of x")
+    sub.add_argument("--seed", type=int, default=0)
+    _json(sub)
+
+
+def _bench(sub: argparse.ArgumentParser) -> None:
+    _artifact(sub)
+    sub.add_argument("--shape", type=numeric_shape, required=True, metavar="8,64,56,56", help="of x")
+    _json(sub)
+
+
+def _run(sub: argparse.ArgumentParser) -> None:
+    _artifact(sub)
+    sub.add_argument("kind", metavar="KIND", help="forward, inference, backward, ...")
+    sub.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="x=x.npy; a bare file.npz gives every array in it by name; a scalar may be a number "
+        "(momentum=0.1). bfloat16 is stored as its bits, uint16",
+    )
+    sub.add_argument("--want", type=names, metavar="dx,dgamma", help="only these outputs")
+    sub.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help=".npz, or .npy where one output is wanted"
+    )
+
+
+def _inspect(sub: argparse.ArgumentParser) -> None:
+    _artifact(sub)
+    _json(sub)
+
+
+def _artifact(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("artifact", type=Path, metavar="ARTIFACT", help="what compile wrote")
+
+
+def _json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print JSON")

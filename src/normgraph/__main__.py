@@ -1,0 +1,17 @@
+"""The console entry: `normgraph ...` and `python -m normgraph ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from normgraph.scripts.cli import run_command_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line with these arguments (default: the process's) and give its exit code."""
+    return run_command_line(sys.argv[1:] if arguments is None else list(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
