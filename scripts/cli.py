@@ -68,7 +68,6 @@ def explain(error: Exception) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         return f"error: {place}{error.strerror}", USAGE
     return (
-        f"internal error, please report it: {type(error).__name__}: {error} "
-        "(--debug shows where)",
+        f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)",
         BUG,
     )

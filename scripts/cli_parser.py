@@ -108,9 +108,7 @@ def _export(sub: argparse.ArgumentParser) -> None:
     spec.add_argument("--no-weight", dest="weight", action="store_false", default=unset)
     spec.add_argument("--no-bias", dest="bias", action="store_false", default=unset)
     spec.add_argument("--correction", type=int, choices=(0, 1), default=unset, help="0")
-    spec.add_argument(
-        "--track-running-stats", action=argparse.BooleanOptionalAction, default=unset
-    )
+    spec.add_argument("--track-running-stats", action=argparse.BooleanOptionalAction, default=unset)
     spec.add_argument(
         "--momentum",
         type=number_or("input"),
@@ -139,7 +137,9 @@ def _verify(sub: argparse.ArgumentParser) -> None:
 
 def _bench(sub: argparse.ArgumentParser) -> None:
     _artifact(sub)
-    sub.add_argument("--shape", type=numeric_shape, required=True, metavar="8,64,56,56", help="of x")
+    sub.add_argument(
+        "--shape", type=numeric_shape, required=True, metavar="8,64,56,56", help="of x"
+    )
     _json(sub)
 
 

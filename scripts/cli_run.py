@@ -152,9 +152,7 @@ def _read(source: Source, wanted: Mapping[str, Tensor]) -> dict[str, Array]:
         if name is None:
             return {key: loaded[key] for key in loaded.files}
         if name not in loaded.files:
-            raise ArgumentError(
-                f"--input: {value} holds {', '.join(loaded.files)}, and no {name}"
-            )
+            raise ArgumentError(f"--input: {value} holds {', '.join(loaded.files)}, and no {name}")
         return {name: loaded[name]}
 
 

@@ -1,4 +1,4 @@
-"""Normalization layers, forward and backward, as explicit ONNX graphs compiled through Apache TVM."""
+"""Normalization layers, forward and backward: explicit ONNX graphs compiled through Apache TVM."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def check_host(
         machine = os.uname().machine if hasattr(os, "uname") else "an unknown machine"
     if platform != "linux" or machine not in MACHINES:
         raise HostError(
-            f"normgraph runs on Linux on {' and '.join(MACHINES)}; this is {platform} on {machine}. "
-            "Use such a host, or a container or virtual machine with one."
+            f"normgraph runs on Linux on {' and '.join(MACHINES)}; this is {platform} on "
+            f"{machine}. Use such a host, or a container or virtual machine with one."
         )
     if python < OLDEST_PYTHON:
         raise HostError(
