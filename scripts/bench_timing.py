@@ -1,0 +1,108 @@
+"""Timing in one process with pools kept apart and the heap in a known state."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+# Thread pools spin for some milliseconds after their last task. With as many spinning threads as
+# cores the next pool would share its cores with them.
+_POOL_REST = 0.020
+# mallopt's parameter numbers (malloc.h).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median, the 20th and the 80th percentile, and how many were timed."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+def pin_threads(count: int) -> None:
+    """Bind OpenMP's threads, one a core; has effect before OpenMP is loaded only."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(count))
+    os.environ.setdefault("OMP_PROC_BIND", "close")
+    os.environ.setdefault("OMP_PLACES", "cores")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def set_heap(*, warm: bool) -> bool:
+    """Let freed memory be kept for the next call (warm), or given back to the system (cold).
+
+    A cold heap faults every page of a fresh large output in anew, which costs more than many
+    kernels. Returns False where the C library has no mallopt (only glibc has it): the heap is then
+    as the system leaves it.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        return False
+    if warm:
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    else:
+        libc.mallopt(_MMAP_MAX, 65536)
+        libc.mallopt(_MMAP_THRESHOLD, 128 * 1024)
+        libc.mallopt(_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+    return True
+
+
+def time_apart(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float
+) -> dict[str, Timing]:
+    """Time each call in turn, `rounds` times over, resting between them.
+
+    In a round a call is repeated for about `seconds` (at least twice), after two calls that are not
+    timed. Taking turns spreads a slow moment of the machine over all of them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            time.sleep(_POOL_REST)
+            call()
+            call()
+            end = time.perf_counter() + seconds
+            taken = samples[name]
+            least = len(taken) + 2
+            while len(taken) < least or time.perf_counter() < end:
+                start = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - start)
+    return {name: _summary(taken) for name, taken in samples.items()}
+
+
+def time_small(call: Callable[[], object], *, batches: int = 40, batch: int = 500) -> Timing:
+    """Time a call of microseconds: batches of many calls, the clock read around each batch."""
+    taken = []
+    for _ in range(batches + 2):
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        taken.append((time.perf_counter() - start) / batch)
+    return _summary(taken[2:])
+
+
+def _summary(taken: list[float]) -> Timing:
+    ordered = sorted(taken)
+    last = len(ordered) - 1
+    return Timing(
+        median=statistics.median(ordered),
+        low=ordered[round(0.2 * last)],
+        high=ordered[round(0.8 * last)],
+        calls=len(ordered),
+    )

@@ -1,0 +1,84 @@
+"""Running a graph of an artifact in onnxruntime, with what onnxruntime cannot take said."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normgraph.scripts.verify_tolerance import numpy_dtype
+
+Array = NDArray[Any]
+
+_BFLOAT16 = 16  # TensorProto.BFLOAT16
+
+
+class NotRun(Exception):
+    """onnxruntime is missing or lacks a kernel the graph needs; the message says which."""
+
+
+def run_onnx(
+    model: Path | bytes, inputs: Mapping[str, Array], outputs: Sequence[tuple[str, str]]
+) -> dict[str, Array]:
+    """The outputs (name, dtype) of the graph for these inputs, on onnxruntime's CPU provider.
+
+    bfloat16 goes in and out as its bits. Raises NotRun where onnxruntime is not installed or has no
+    kernel for a node.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise NotRun("onnxruntime is not installed: pip install 'normgraph[verify]'")
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if type(error).__name__ in ("NotImplemented", "InvalidGraph") or (
+            "Could not find an implementation" in str(error)
+        ):
+            raise NotRun(f"onnxruntime {ort.__version__}: {_first_line(error)}") from None
+        raise
+    feed = {name: _value(ort, array) for name, array in inputs.items()}
+    wanted = [name for name, _ in outputs]
+    results = session.run_with_ort_values(wanted, feed)
+    return {
+        name: _array(result, dtype) for (name, dtype), result in zip(outputs, results, strict=True)
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _value(ort: Any, array: Array) -> Any:
+    packed = np.ascontiguousarray(array).reshape(array.shape)
+    if packed.dtype == numpy_dtype("bfloat16"):
+        bits = packed.view(np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(packed)
+
+
+def _array(value: Any, dtype: str) -> Array:
+    if dtype != "bfloat16":
+        found: Array = np.asarray(value.numpy())
+        return found
+    import ml_dtypes
+
+    # OrtValue.numpy() does not know bfloat16; DLPack hands the same memory over as bytes.
+    bits = np.ctypeslib.as_array(
+        _pointer(value.data_ptr()), shape=(int(np.prod(value.shape(), dtype=np.int64)),)
+    )
+    return bits.copy().view(ml_dtypes.bfloat16).reshape(value.shape())
+
+
+def _pointer(address: int) -> Any:
+    import ctypes
+
+    return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint16))
