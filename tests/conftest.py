@@ -1,0 +1,104 @@
+"""Fixtures for every test: artifacts built once a session, golden files, the repository's root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+
+import normgraph as ng
+
+if TYPE_CHECKING:
+    from normgraph.runtime import Operator
+
+Shape = Sequence[int | str]
+
+
+class BuildArtifact(Protocol):
+    """Export and compile for this host; equal arguments give the same directory."""
+
+    def __call__(
+        self,
+        spec: ng.NormSpec,
+        shape: Shape,
+        dtype: str = "float32",
+        kinds: Sequence[str] | None = None,
+    ) -> Path: ...
+
+
+class BuildOperator(Protocol):
+    """The loaded artifact; equal arguments give the same operator."""
+
+    def __call__(
+        self,
+        spec: ng.NormSpec,
+        shape: Shape,
+        dtype: str = "float32",
+        kinds: Sequence[str] | None = None,
+    ) -> Operator: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--update-golden: write the golden files instead of comparing with them."""
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the golden files anew, then look at them",
+    )
+
+
+@pytest.fixture(scope="session")
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether to write golden files instead of comparing."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def repository(request: pytest.FixtureRequest) -> Path:
+    """The root of the checkout the tests run from."""
+    return request.config.rootpath
+
+
+@pytest.fixture(scope="session")
+def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> BuildArtifact:
+    """A function that builds an artifact once for each set of arguments."""
+    root = tmp_path_factory.mktemp("artifacts")
+    built: dict[object, Path] = {}
+
+    def build(
+        spec: ng.NormSpec,
+        shape: Shape,
+        dtype: str = "float32",
+        kinds: Sequence[str] | None = None,
+    ) -> Path:
+        key = (spec, tuple(shape), dtype, None if kinds is None else tuple(kinds))
+        if key not in built:
+            folder = root / str(len(built))
+            ng.graphs.export(
+                spec, shape=tuple(shape), dtype=dtype, out=folder / "graphs", kinds=kinds
+            )
+            built[key] = ng.compile.build(folder / "graphs", target="cpu", out=folder / "artifact")
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_operator(build_artifact: BuildArtifact) -> BuildOperator:
+    """A function that builds and loads an operator once for each set of arguments."""
+    loaded: dict[Path, Operator] = {}
+
+    def build(
+        spec: ng.NormSpec,
+        shape: Shape,
+        dtype: str = "float32",
+        kinds: Sequence[str] | None = None,
+    ) -> Operator:
+        path = build_artifact(spec, shape, dtype, kinds)
+        if path not in loaded:
+            loaded[path] = ng.load(path)
+        return loaded[path]
+
+    return build
