@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,30 +14,6 @@ if TYPE_CHECKING:
     from normgraph.runtime import Operator
 
 Shape = Sequence[int | str]
-
-
-class BuildArtifact(Protocol):
-    """Export and compile for this host; equal arguments give the same directory."""
-
-    def __call__(
-        self,
-        spec: ng.NormSpec,
-        shape: Shape,
-        dtype: str = "float32",
-        kinds: Sequence[str] | None = None,
-    ) -> Path: ...
-
-
-class BuildOperator(Protocol):
-    """The loaded artifact; equal arguments give the same operator."""
-
-    def __call__(
-        self,
-        spec: ng.NormSpec,
-        shape: Shape,
-        dtype: str = "float32",
-        kinds: Sequence[str] | None = None,
-    ) -> Operator: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,8 +38,8 @@ def repository(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> BuildArtifact:
-    """A function that builds an artifact once for each set of arguments."""
+def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build an artifact for this host, once for each set of arguments: see `build` for them."""
     root = tmp_path_factory.mktemp("artifacts")
     built: dict[object, Path] = {}
 
@@ -86,8 +62,8 @@ def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> BuildArtifact:
 
 
 @pytest.fixture(scope="session")
-def build_operator(build_artifact: BuildArtifact) -> BuildOperator:
-    """A function that builds and loads an operator once for each set of arguments."""
+def build_operator(build_artifact: Callable[..., Path]) -> Callable[..., Operator]:
+    """Build and load an operator, once for each set of arguments: see `build` for them."""
     loaded: dict[Path, Operator] = {}
 
     def build(

@@ -1,0 +1,218 @@
+"""Rules of the house that no linter knows: files, layers, names, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGES = {
+    "normgraph": "src/normgraph",
+    "normgraph.graphs": "graphs",
+    "normgraph.compile": "compile",
+    "normgraph.runtime": "runtime",
+    "normgraph.scripts": "scripts",
+}
+# What each layer may import beside the standard library and itself. `normgraph` without a
+# subpackage is the root package: the errors, NormSpec and the lazy public names.
+LAYERS = {
+    "graphs": {"numpy", "onnx", "ml_dtypes", "normgraph"},
+    "compile": {"numpy", "onnx", "ml_dtypes", "tvm", "normgraph", "graphs", "runtime"},
+    "runtime": {"numpy", "tvm_ffi", "normgraph"},
+}
+ADAPTERS = {"torch_adapter.py": {"torch"}}
+TOP = {
+    ".ci",
+    ".gitignore",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "compile",
+    "docs",
+    "examples",
+    "graphs",
+    "pyproject.toml",
+    "requirements",
+    "runtime",
+    "scripts",
+    "src",
+    "tests",
+}
+TEXT = {"", ".c", ".md", ".py", ".sh", ".toml", ".txt"}
+LONGEST = 400
+# Written in two parts where this file would match itself.
+FORBIDDEN = {
+    "a path of one machine": r"/(?:work|root|home)" + r"/\w",
+    "a registry host": r"py" + r"pi\.org|python" + r"hosted",
+    "unfinished work": r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b",
+    "a test that does not run": r"mark\.(?:skip|xf" + r"ail)|pytest\.(?:skip|xf" + r"ail)\(",
+}
+
+
+def ignored(root: Path) -> list[str]:
+    """The patterns of .gitignore, without the trailing slash."""
+    lines = (root / ".gitignore").read_text().split()
+    return [line.rstrip("/") for line in lines]
+
+
+def files(root: Path) -> Iterator[Path]:
+    """Every file of the checkout that git does not ignore, relative to the root."""
+    patterns = [*ignored(root), ".git"]
+    for path in sorted(root.iterdir()):
+        if any(path.match(pattern) for pattern in patterns):
+            continue
+        if path.is_dir():
+            for inner in sorted(path.rglob("*")):
+                parts = inner.relative_to(root).parts
+                hidden = any(Path(part).match(pattern) for part in parts for pattern in patterns)
+                if inner.is_file() and not hidden:
+                    yield inner.relative_to(root)
+        else:
+            yield path.relative_to(root)
+
+
+def modules(root: Path) -> Iterator[tuple[Path, ast.Module]]:
+    """Every module of the packages, parsed."""
+    for folder in PACKAGES.values():
+        for path in sorted((root / folder).glob("*.py")):
+            yield path.relative_to(root), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_there_are_no_stray_files(repository: Path) -> None:
+    found = {path.parts[0] for path in files(repository)}
+    assert found - TOP == set()
+    assert [
+        str(path) for path in files(repository) if path.suffix in (".onnx", ".so", ".log")
+    ] == []
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_file_holds(what: str, repository: Path) -> None:
+    pattern = re.compile(FORBIDDEN[what])
+    found = [
+        f"{path}:{number}: {line.strip()[:80]}"
+        for path in files(repository)
+        if path.suffix in TEXT and path.parts[0] != "requirements"
+        for number, line in enumerate((repository / path).read_text("utf-8").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+def test_files_are_short(repository: Path) -> None:
+    long = {
+        str(path): count
+        for path in files(repository)
+        if path.suffix in (".py", ".c")
+        and (count := (repository / path).read_text("utf-8").count("\n")) > LONGEST
+    }
+    assert long == {}
+
+
+def test_every_package_folder_is_listed(repository: Path) -> None:
+    folders = {
+        path.parent.as_posix()
+        for path in files(repository)
+        if path.suffix == ".py" and path.parts[0] not in ("tests", "examples")
+    }
+    assert folders == set(PACKAGES.values())
+
+
+def test_every_public_name_is_documented(repository: Path) -> None:
+    missing = []
+    for path, tree in modules(repository):
+        if tree.body and ast.get_docstring(tree) is None:
+            missing.append(str(path))
+        missing += [
+            f"{path}: {node.name}"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and ast.get_docstring(node) is None
+        ]
+    assert missing == []
+
+
+def test_no_file_uses_the_private_names_of_another(repository: Path) -> None:
+    used = [
+        f"{path}: {alias.name} of {node.module}"
+        for path, tree in modules(repository)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("normgraph")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert used == []
+
+
+def imports_of(tree: ast.Module) -> Iterator[str]:
+    """The full names a module imports, also inside functions, but not for type checkers only."""
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        todo.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_import_only_what_is_below_them(layer: str, repository: Path) -> None:
+    outside = []
+    for path, tree in modules(repository):
+        if path.parts[0] != layer:
+            continue
+        allowed = LAYERS[layer] | {layer} | ADAPTERS.get(path.name, set())
+        for name in imports_of(tree):
+            top, _, rest = name.partition(".")
+            if top == "normgraph" and f"normgraph.{rest.partition('.')[0]}" in PACKAGES:
+                top = rest.partition(".")[0]
+            if top not in allowed and top not in sys.stdlib_module_names:
+                outside.append(f"{path}: {name}")
+    assert outside == []
+
+
+def test_the_root_package_imports_the_standard_library_alone(repository: Path) -> None:
+    outside = [
+        f"{path}: {name}"
+        for path, tree in modules(repository)
+        if path.parts[0] == "src" and path.name not in ("__main__.py", "api.py")
+        for name in imports_of(tree)
+        if (top := name.partition(".")[0]) != "normgraph" and top not in sys.stdlib_module_names
+    ]
+    assert outside == []
+
+
+def test_links_in_the_documents_lead_somewhere(repository: Path) -> None:
+    broken = [
+        f"{path}: {link}"
+        for path in files(repository)
+        if path.suffix == ".md"
+        for link in re.findall(r"\]\(([^)#:]+)\)", (repository / path).read_text("utf-8"))
+        if not (repository / path.parent / link).exists()
+    ]
+    assert broken == []
+
+
+def test_the_changelog_has_the_version(repository: Path) -> None:
+    import normgraph
+
+    assert f"## {normgraph.__version__}" in (repository / "CHANGELOG.md").read_text()
+
+
+def test_the_lock_names_no_registry_and_holds_hashes(repository: Path) -> None:
+    for name in ("demo.txt", "dev.txt", "torch.txt"):
+        text = (repository / "requirements" / name).read_text()
+        assert "://" not in text
+        for line in text.splitlines():
+            if line and line[0].isalpha():
+                assert "==" in line, line
+                assert name == "torch.txt" or line.endswith("\\"), line
