@@ -27,7 +27,7 @@ import normgraph
 import normgraph.graphs.reference as reference
 from normgraph.scripts import verify_debug
 from normgraph.scripts.verify_differences import GRADIENTS, Difference, differences
-from normgraph.scripts.verify_inputs import Case, Inputs, cases, forward_names
+from normgraph.scripts.verify_inputs import Case, Inputs, cases, check_shape, forward_names
 from normgraph.scripts.verify_onnx import NotRun, run_onnx
 from normgraph.scripts.verify_report import Report, Row, compare, not_run
 from normgraph.scripts.verify_tolerance import allowed, describe, scale_of
@@ -68,17 +68,23 @@ def verify(
         rows += run.steps(
             debugged, [Inputs(run.spec, run.dtype, case, seed) for case in chosen[:2]]
         )
-    return Report(
-        artifact=str(artifact_path),
-        operator=run.spec.op,
-        dtype=run.dtype,
-        shape=",".join(map(str, operator.shape)),
-        target=run.target,
-        seed=seed,
-        requested_shape=None if shape is None else tuple(shape),
-        versions=versions(),
-        rows=tuple(rows),
-    )
+    return run.report(rows, shape)
+
+
+def verify_data(
+    artifact_path: str | Path, data: Mapping[str, Array], name: str, seed: int = 0
+) -> Report:
+    """Comparisons 1 to 3 of every kind on given data: x, and any of dy, gamma, beta and so on.
+
+    What `data` does not hold is random, as in `verify`. `name` says in the report what it is.
+    """
+    operator = normgraph.load(artifact_path)
+    run = _Run(Path(artifact_path), operator, seed)
+    shape = tuple(data["x"].shape)
+    check_shape(operator.shape, shape)
+    inputs = Inputs(run.spec, run.dtype, Case(shape, 0.0, name), seed, data)
+    rows = [row for kind in run.kinds for row in run.kind(kind, inputs)]
+    return run.report(rows, shape)
 
 
 def versions() -> dict[str, str]:
@@ -103,6 +109,20 @@ class _Run:
         self.target: str = self._manifest["libraries"][0]["target"]["name"]
         self.kinds: tuple[str, ...] = tuple(self._manifest["kinds"])
         self.gradient_kinds = tuple(kind for kind in self.kinds if kind.startswith("backward"))
+
+    def report(self, rows: Sequence[Row], shape: Sequence[int] | None) -> Report:
+        """The report on these rows; `shape` is what was asked for."""
+        return Report(
+            artifact=str(self._path),
+            operator=self.spec.op,
+            dtype=self.dtype,
+            shape=",".join(map(str, self._operator.shape)),
+            target=self.target,
+            seed=self._seed,
+            requested_shape=None if shape is None else tuple(shape),
+            versions=versions(),
+            rows=tuple(rows),
+        )
 
     def inputs(self, case: Case) -> Inputs:
         """The inputs of every kind for one case."""

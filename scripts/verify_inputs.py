@@ -24,15 +24,16 @@ _SIZES = ((3, 7, 5, 2, 3), (1, 13, 11, 3, 2), (2, 37, 19, 3, 2))
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of x and the mean of its values (they have unit variance)."""
+    """One shape of x and the mean of its values (they have unit variance), or data by name."""
 
     shape: tuple[int, ...]
     mean: float
+    name: str = ""
 
     @property
     def label(self) -> str:
         size = "x".join(map(str, self.shape))
-        return f"{size} N({self.mean:g},1)"
+        return f"{size} {self.name or f'N({self.mean:g},1)'}"
 
 
 def cases(declared: Sequence[int | str], shape: Sequence[int] | None) -> list[Case]:
@@ -90,10 +91,17 @@ class Inputs:
     x is N(mean, 1) and dy N(0, 1). |gamma| is in [0.5, 1.5] with either sign, beta in [-1, 1]. The
     running statistics are near those of x. The saved statistics, and y for backward_from_output,
     are the float64 reference's rounded to the dtype the graph takes, so each kind is checked by
-    itself.
+    itself. Arrays in `data` take the place of the random ones of the same name.
     """
 
-    def __init__(self, spec: NormSpec, dtype: str, case: Case, seed: int) -> None:
+    def __init__(
+        self,
+        spec: NormSpec,
+        dtype: str,
+        case: Case,
+        seed: int,
+        data: Mapping[str, Array] | None = None,
+    ) -> None:
         random = np.random.default_rng([seed, *case.shape, int(case.mean)])
         self.spec, self.dtype, self.case = spec, dtype, case
         stats = numpy_dtype(compute_dtype(dtype))
@@ -111,6 +119,8 @@ class Inputs:
             "running_var": random.uniform(0.5, 1.5, channels).astype(stats),
             "momentum": np.asarray(0.25, stats),
         }
+        for name, array in (data or {}).items():
+            self.values[name] = np.asarray(array).astype(self.values[name].dtype)
         saved = reference.run(spec, "forward", self.take(forward_names(spec)))
         for name in ("mean", "inv_std"):
             if name in saved:
