@@ -1,0 +1,13 @@
+"""Open an artifact and call its kernels: NumPy, PyTorch or any DLPack arrays in, the same kind out.
+
+This layer imports neither onnx, nor TVM, nor the graph builder and the compiler; PyTorch is touched
+only inside its adapter, and only when a torch tensor is passed.
+"""
+
+from __future__ import annotations
+
+from normgraph.runtime.call import Call
+from normgraph.runtime.operator import Operator, load
+from normgraph.runtime.signature import Signature, TensorSpec
+
+__all__ = ["Call", "Operator", "Signature", "TensorSpec", "load"]

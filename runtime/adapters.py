@@ -1,0 +1,108 @@
+"""What a call needs to know of an array, whichever library it comes from, and who tells it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from normgraph.errors import ArgumentTypeError
+from normgraph.runtime.dlpack import AnyArray
+from normgraph.runtime.signature import Shape
+
+
+@dataclass
+class View:
+    """The facts about one array that decide whether and how a kernel may use it."""
+
+    array: Any
+    shape: Shape
+    dtype: str
+    defect: str | None  # why a kernel cannot take the memory as it is: strided, misaligned, ...
+    writable: bool
+    address: int
+    nbytes: int
+
+
+class Adapter(Protocol):
+    """One array library. Each implementation is a module; `where` opens its error messages."""
+
+    @property
+    def noun(self) -> str:
+        """How messages name one of its arrays."""
+
+    def native_dtypes(self, names: Sequence[str]) -> tuple[Any, ...]:
+        """The library's dtype objects; None where arrays of that dtype never pass `ready`."""
+
+    def ready(self, arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
+        """The shapes, if these arrays can be handed to a kernel without any more checks."""
+
+    def disjoint(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
+        """Whether arrays that passed `ready` may be written: no two share memory."""
+
+    def empty(self, shape: Shape, dtype: Any) -> Any:
+        """A new array of a native dtype."""
+
+    def view(self, array: Any, where: str) -> View:
+        """Inspect any array of the library; raises for what no kernel can take."""
+
+    def copy(self, view: View) -> View:
+        """A compact, aligned copy."""
+
+    def kernel_argument(self, view: View) -> Any:
+        """What the kernel call takes for an array without a defect; nothing is copied."""
+
+    def allocate(self, shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
+        """A new array for an output."""
+
+    def scalar(self, value: float, dtype: str) -> Any:
+        """A new array of rank 0."""
+
+    def memory(self, view: View) -> AnyArray:
+        """The memory as a writable NumPy array; bfloat16 as its bits."""
+
+    def written(self, arrays: Sequence[Any]) -> None:
+        """Called after a kernel wrote into arrays that the caller gave."""
+
+
+def adapter_of(array: object, where: str) -> Adapter:
+    """The adapter for this array's library. Raises ArgumentTypeError for what is no array."""
+    if isinstance(array, np.ndarray):
+        return _load("numpy")
+    # Where torch is not imported, nothing can be a tensor of it.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
+        return _load("torch")
+    if hasattr(type(array), "__dlpack__"):
+        return _load("dlpack")
+    raise ArgumentTypeError(
+        f"{where} must be a numpy array, a torch tensor or another DLPack array, but it is"
+        f" {type(array).__name__}. Convert it, for example with numpy.asarray."
+    )
+
+
+def adapter_for_call(kind: str, arrays: Iterable[tuple[str, object]]) -> Adapter:
+    """The one adapter all these arrays belong to; arrays of different libraries are refused."""
+    first: tuple[str, Adapter] | None = None
+    for name, array in arrays:
+        adapter = adapter_of(array, f"{kind}: {name}")
+        if first is None:
+            first = name, adapter
+        elif adapter is not first[1]:
+            raise ArgumentTypeError(
+                f"{kind}: all arrays of a call must be of one kind, but {first[0]} is a"
+                f" {first[1].noun} and {name} is a {adapter.noun}. Convert one of them, for"
+                f" example with torch.from_numpy or Tensor.numpy."
+            )
+    if first is None:
+        raise ArgumentTypeError(f"{kind}: no array was given.")
+    return first[1]
+
+
+def _load(library: str) -> Adapter:
+    module = importlib.import_module(f"normgraph.runtime.{library}_adapter")
+    return cast(Adapter, module)

@@ -1,0 +1,269 @@
+"""Reading an artifact: every file is checked before any of it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from normgraph.errors import (
+    ArtifactCorrupt,
+    ArtifactError,
+    ArtifactIncompatible,
+    ArtifactNotFound,
+    SpecError,
+)
+from normgraph.runtime import host
+from normgraph.runtime.signature import Signature, TensorSpec
+from normgraph.spec import DTYPES, NormSpec
+
+FORMAT = "normgraph-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+T = TypeVar("T")
+
+_REBUILD = "Build the artifact again."
+
+
+@dataclass(frozen=True)
+class SelfTestCase:
+    """Stored inputs and float64 answers of one call; prefix says where they are in the file."""
+
+    kind: str
+    prefix: str
+    tolerance: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sound artifact, with the library that this host runs."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    spec: NormSpec
+    shape: tuple[int | str, ...]
+    dtype: str
+    signatures: Mapping[str, Signature]
+    functions: Mapping[str, str]
+    library: Path
+    target: str
+    self_test: Path
+    self_test_status: str
+    self_test_cases: tuple[SelfTestCase, ...]
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Read and check the artifact directory at `path`.
+
+    Raises ArtifactNotFound where there is none, ArtifactCorrupt where the manifest or a file is
+    not what was written, ArtifactIncompatible where it is sound but this host or this version
+    cannot run it. Nothing of it has been loaded into the process by then.
+    """
+    host.check_platform()
+    root = Path(os.path.abspath(os.fspath(path)))
+    manifest = _read_manifest(root)
+    while True:
+        try:
+            return _check(root, manifest)
+        except ArtifactCorrupt:
+            # A build that replaced the manifest meanwhile also removed the old files.
+            newer = _read_manifest(root)
+            if newer["digest"] == manifest["digest"]:
+                raise
+            manifest = newer
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's canonical JSON without its digest field."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    if not root.exists():
+        raise ArtifactNotFound(
+            f"{root}: no such directory; expected an artifact. Build one there, or check the path."
+        )
+    if not root.is_dir():
+        raise ArtifactNotFound(
+            f"{root}: expected the directory of an artifact, but this is a file. Pass the"
+            f" directory that holds {MANIFEST}."
+        )
+    file = root / MANIFEST
+    if not file.exists():
+        raise ArtifactNotFound(
+            f"{root}: expected an artifact, but there is no {MANIFEST} in it. Build one there, or"
+            f" check the path."
+        )
+    try:
+        manifest = json.loads(_read(file).decode("utf-8"))
+    except ValueError as error:
+        raise ArtifactCorrupt(f"{file}: expected JSON, but {error}. {_REBUILD}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactCorrupt(
+            f"{file}: expected a manifest of format {FORMAT!r}, but it is none. {_REBUILD}"
+        )
+    version = _field(file, manifest, "format_version", int)
+    if version > FORMAT_VERSION:
+        raise ArtifactIncompatible(
+            f"{file}: the artifact has format version {version}, and this normgraph reads up to"
+            f" {FORMAT_VERSION}. Install a newer normgraph, or build the artifact with this one."
+        )
+    if version < 1:
+        raise ArtifactCorrupt(f"{file}: format version {version} does not exist. {_REBUILD}")
+    if _field(file, manifest, "digest", str) != manifest_digest(manifest):
+        raise ArtifactCorrupt(
+            f"{file}: the manifest does not match its own digest: it was changed after it was"
+            f" written. {_REBUILD}"
+        )
+    return manifest
+
+
+def _check(root: Path, manifest: dict[str, Any]) -> Artifact:
+    file = root / MANIFEST
+    try:
+        spec = NormSpec.from_dict(_field(file, manifest, "spec", dict))
+    except (SpecError, TypeError) as error:
+        raise ArtifactIncompatible(
+            f"{file}: this normgraph does not know the artifact's spec: {error}. Install the"
+            f" normgraph that built it ({manifest.get('normgraph_version')}), or build it again."
+        ) from None
+    kinds = _field(file, manifest, "kinds", dict)
+    signatures: dict[str, Signature] = {}
+    functions: dict[str, str] = {}
+    for kind, entry in kinds.items():
+        functions[kind] = _field(file, entry, "function", str)
+        signatures[kind] = Signature(
+            kind,
+            _tensors(file, _field(file, entry, "inputs", list)),
+            _tensors(file, _field(file, entry, "outputs", list)),
+        )
+        _check_file(root, _field(file, entry, "graph", dict))
+    if not kinds:
+        raise ArtifactCorrupt(f"{file}: the artifact holds no kinds. {_REBUILD}")
+    libraries = _field(file, manifest, "libraries", list)
+    paths = [_check_file(root, entry) for entry in libraries]
+    tests = _field(file, manifest, "self_test", dict)
+    vectors = _check_file(root, tests)
+    cases = tuple(_case(file, case) for case in _field(file, tests, "cases", list))
+    chosen = _choose(file, libraries)
+    return Artifact(
+        path=root,
+        manifest=manifest,
+        spec=spec,
+        shape=_shape(file, _field(file, manifest, "shape", list)),
+        dtype=_dtype(file, _field(file, manifest, "dtype", str)),
+        signatures=signatures,
+        functions=functions,
+        library=paths[chosen],
+        target=_field(file, _field(file, libraries[chosen], "target", dict), "name", str),
+        self_test=vectors,
+        self_test_status=_field(file, tests, "status", str),
+        self_test_cases=cases,
+    )
+
+
+def _choose(file: Path, libraries: list[Any]) -> int:
+    """The library this host can run that uses most of its features."""
+    obstacles: list[str] = []
+    best, most = -1, -1
+    for index, entry in enumerate(libraries):
+        target = _field(file, entry, "target", dict)
+        features = [str(name) for name in _field(file, target, "features", list)]
+        obstacle = host.obstacle(
+            _field(file, target, "kind", str), _field(file, target, "triple", str), features
+        )
+        if obstacle is not None:
+            obstacles.append(f"{_field(file, target, 'name', str)}: {obstacle}")
+        elif len(features) > most:
+            best, most = index, len(features)
+    if best < 0:
+        raise ArtifactIncompatible(
+            f"{file.parent}: no library of the artifact runs on this host"
+            f" ({'; '.join(obstacles) or 'it has none'}). Compile it for a target this host runs."
+        )
+    return best
+
+
+def _case(file: Path, entry: Any) -> SelfTestCase:
+    tolerance = _field(file, entry, "tolerance", dict)
+    for name, value in tolerance.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArtifactCorrupt(f"{file}: tolerance of {name} is {value!r}. {_REBUILD}")
+    return SelfTestCase(
+        _field(file, entry, "kind", str), _field(file, entry, "prefix", str), tolerance
+    )
+
+
+def _tensors(file: Path, entries: list[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            _field(file, entry, "name", str),
+            _dtype(file, _field(file, entry, "dtype", str)),
+            _shape(file, _field(file, entry, "shape", list)),
+        )
+        for entry in entries
+    )
+
+
+def _shape(file: Path, dims: list[Any]) -> tuple[int | str, ...]:
+    for dim in dims:
+        if isinstance(dim, bool) or not isinstance(dim, (int, str)):
+            raise ArtifactCorrupt(f"{file}: {dims!r} is no shape. {_REBUILD}")
+    return tuple(dims)
+
+
+def _dtype(file: Path, name: str) -> str:
+    if name not in DTYPES:
+        raise ArtifactCorrupt(f"{file}: unknown dtype {name!r}. {_REBUILD}")
+    return name
+
+
+def _field(file: Path, mapping: Any, key: str, kind: type[T]) -> T:
+    if not isinstance(mapping, dict):
+        raise ArtifactCorrupt(f"{file}: expected an object that holds {key!r}. {_REBUILD}")
+    value = mapping.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        came = "nothing" if key not in mapping else repr(value)[:60]
+        raise ArtifactCorrupt(
+            f"{file}: expected {key!r} to be of type {kind.__name__}, but there is {came}."
+            f" {_REBUILD}"
+        )
+    return value
+
+
+def _check_file(root: Path, entry: Any) -> Path:
+    """Check name, size and sha256 of one file of the artifact."""
+    manifest = root / MANIFEST
+    name = _field(manifest, entry, "file", str)
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ArtifactCorrupt(f"{manifest}: {name!r} is no plain file name. {_REBUILD}")
+    file = root / name
+    if not file.is_file():
+        raise ArtifactCorrupt(
+            f"{file}: the manifest names this file, but it is missing. {_REBUILD}"
+        )
+    content = _read(file)
+    size = _field(manifest, entry, "size", int)
+    if len(content) != size:
+        raise ArtifactCorrupt(
+            f"{file}: expected {size} bytes, but the file has {len(content)}. {_REBUILD}"
+        )
+    if hashlib.sha256(content).hexdigest() != _field(manifest, entry, "sha256", str):
+        raise ArtifactCorrupt(
+            f"{file}: the content is not what was written (its sha256 differs). {_REBUILD}"
+        )
+    return file
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read: {error.strerror or error}.") from None

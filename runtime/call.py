@@ -1,0 +1,323 @@
+"""One kind of an operator as a callable: checks, allocation, and the kernel call itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from normgraph.errors import ArgumentError, ArgumentTypeError
+from normgraph.runtime import dlpack, empty, rules
+from normgraph.runtime.adapters import Adapter, View, adapter_for_call
+from normgraph.runtime.options import GradReq, Selection, Want, check_out, freeze, select
+from normgraph.runtime.overlap import check_overlap
+from normgraph.runtime.signature import Shape, Signature, TensorSpec
+from normgraph.spec import NormSpec
+
+# Shapes remembered as checked; a caller with more than this many starts over.
+_MOST_PLANS = 1024
+
+
+class _Fast:
+    """What the short path needs of one array library."""
+
+    def __init__(self, adapter: Adapter, signature: Signature) -> None:
+        self.ready = adapter.ready
+        self.disjoint = adapter.disjoint
+        self.empty = adapter.empty
+        self.written = adapter.written
+        self.inputs = adapter.native_dtypes([spec.dtype for spec in signature.inputs])
+        self.outputs = adapter.native_dtypes([spec.dtype for spec in signature.outputs])
+
+
+class Call:
+    """A compiled kind: call it with the arrays of `signature.inputs`, by position or by name.
+
+    NumPy arrays give NumPy arrays back, torch CPU tensors give torch tensors, and other DLPack CPU
+    arrays give tvm_ffi.Tensor, which every DLPack library reads; one call takes one kind of array.
+    `momentum`, where it is an input, may also be a Python number. The outputs come in the order of
+    `signature.outputs`: one bare, several as a named tuple.
+
+    An input without elements is answered without the kernel: y and dx are empty, parameter
+    gradients 0, new_running_* equal to running_*, and mean 0 and inv_std 1/sqrt(eps) where they
+    have elements.
+
+    May be called from many threads at once, as long as no two write the same array.
+    """
+
+    def __init__(self, signature: Signature, spec: NormSpec, function: Callable[..., Any]) -> None:
+        self.signature = signature
+        self._spec = spec
+        self._function = function
+        self._names = signature.output_names
+        self._select = lru_cache(maxsize=128)(lambda want, req: select(signature, want, req))
+        self._every = select(signature, None, "write")
+        self._from_output = (
+            signature.kind == "backward_from_output" and "gamma" in signature.input_names
+        )
+        self._plans: dict[tuple[Shape, ...] | None, tuple[Shape, ...]] = {}
+        self._fast: dict[type, _Fast] = {}
+        # Kernels do not touch an output that is not requested; any memory of its rank will do.
+        self._placeholders = [
+            dlpack.owned_tensor((1,) * len(spec_.shape), spec_.dtype) for spec_ in signature.outputs
+        ]
+
+    def __repr__(self) -> str:
+        return f"<normgraph kernel {self.signature}>"
+
+    def __call__(
+        self,
+        *args: Any,
+        out: Mapping[str, Any] | None = None,
+        want: Want | None = None,
+        grad_req: GradReq = "write",
+        copy: bool = True,
+        **named: Any,
+    ) -> Any:
+        """Run the kernel.
+
+        Options:
+            out: arrays to write into, by output name; they are also what is returned for these
+                names. Each must be wanted and have the output's exact dtype and shape, compact,
+                writable, of the same kind as the inputs, and share memory with no other argument.
+                One exception: new_running_mean and new_running_var may be exactly running_mean
+                and running_var, which then are updated in place (not with "add"). The others are
+                allocated.
+            want: the outputs to compute, a name or several; the others are neither computed,
+                allocated nor written, and are not in the result. The result keeps the table's
+                order. By default all whose grad_req is not "null".
+            grad_req: "write", "add" (add to the array given in out, which is then required) or
+                "null" (the same as not wanted): one for all wanted outputs, or a dict by name,
+                where "write" holds for the names it leaves out.
+            copy: True copies an input whose memory the kernel cannot take as it is (strided,
+                not aligned to its elements, lazily negated); False refuses it. Read-only inputs
+                are never copied.
+
+        Raises ArgumentTypeError (a TypeError) for a wrong dtype, kind of array or name and for a
+        missing or surplus argument, ArgumentError (a ValueError) for everything else that is wrong
+        with an argument; nothing has been written by then. Contradictions (out or "add" for what
+        is not wanted, "null" for what is, "add" without out, nothing wanted) are refused.
+        """
+        if want is None and grad_req == "write":
+            selection = self._every
+        else:
+            selection = self._select(*freeze(self.signature, want, grad_req))
+        if args and not named and not self._from_output:
+            fast = self._fast.get(type(args[0]))
+            if fast is not None:
+                shapes = self._plans.get(fast.ready(args, fast.inputs))
+                if shapes is not None:
+                    result = self._short(fast, args, shapes, selection, out)
+                    if result is not None:
+                        return result
+        return self._full(args, named, selection, out, copy)
+
+    def _short(
+        self,
+        fast: _Fast,
+        args: Sequence[Any],
+        shapes: tuple[Shape, ...],
+        selection: Selection,
+        out: Any,
+    ) -> Any:
+        """The call for arrays and shapes known to be good; None leaves it to the full path."""
+        if out:
+            if type(out) is not dict or selection.added - {self._names.index(n) for n in out}:
+                return None
+        elif selection.added or out is not None:
+            return None
+        buffers = self._placeholders.copy()
+        results = []
+        given = []
+        for index in selection.wanted:
+            buffer = out.get(self._names[index]) if out else None
+            if buffer is None:
+                buffer = fast.empty(shapes[index], fast.outputs[index])
+            else:
+                ready = fast.ready((buffer,), fast.outputs[index : index + 1])
+                if ready is None or ready[0] != shapes[index]:
+                    return None
+                given.append(buffer)
+            buffers[index] = buffer
+            results.append(buffer)
+        if given:
+            if len(given) != len(out) or not fast.disjoint(given, args):
+                return None
+        elif out:
+            return None
+        self._function(*args, *buffers, selection.request)
+        if given:
+            fast.written(given)
+        if selection.result is None:
+            return results[0]
+        return tuple.__new__(selection.result, results)
+
+    def _full(
+        self,
+        args: tuple[Any, ...],
+        named: Mapping[str, Any],
+        selection: Selection,
+        out: object,
+        copy: object,
+    ) -> Any:
+        """The call with every check, which also knows how to say what is wrong."""
+        signature, kind = self.signature, self.signature.kind
+        given = check_out(signature, selection, out)
+        if not isinstance(copy, bool):
+            raise ArgumentTypeError(f"{kind}: copy must be True or False, but it is {copy!r}.")
+        arrays = self._bind(args, named)
+        adapter = self._adapter(arrays, given)
+        views = [
+            self._input(adapter, spec, array)
+            for spec, array in zip(signature.inputs, arrays, strict=True)
+        ]
+        input_shapes = tuple(view.shape for view in views)
+        shapes = signature.output_shapes(input_shapes)
+        rules.check_enough_values(self._spec, signature, input_shapes)
+        views = [
+            self._usable(adapter, spec, view, copy)
+            for spec, view in zip(signature.inputs, views, strict=True)
+        ]
+        if self._from_output:
+            gamma = views[signature.input_names.index("gamma")]
+            rules.check_no_zero(kind, adapter.memory(gamma), gamma.dtype)
+        outputs: dict[int, View] = {}
+        for index in selection.wanted:
+            if self._names[index] in given:
+                array = given[self._names[index]]
+                outputs[index] = self._output(adapter, index, shapes[index], array)
+        check_overlap(signature, selection, views, outputs)
+        for index in selection.wanted:
+            if index not in outputs:
+                dtype = signature.outputs[index].dtype
+                outputs[index] = adapter.allocate(shapes[index], dtype, views)
+        if any(0 in shape for shape in input_shapes):
+            empty.answer(
+                self._spec,
+                dict(zip(signature.input_names, map(adapter.memory, views), strict=True)),
+                {
+                    self._names[index]: (adapter.memory(view), index in selection.added)
+                    for index, view in outputs.items()
+                },
+            )
+        else:
+            buffers = self._placeholders.copy()
+            for index, view in outputs.items():
+                buffers[index] = adapter.kernel_argument(view)
+            self._function(*map(adapter.kernel_argument, views), *buffers, selection.request)
+            self._remember(adapter, arrays, input_shapes, shapes)
+        adapter.written(list(given.values()))
+        results = [
+            given[self._names[index]] if self._names[index] in given else outputs[index].array
+            for index in selection.wanted
+        ]
+        if selection.result is None:
+            return results[0]
+        return tuple.__new__(selection.result, results)
+
+    def _remember(
+        self,
+        adapter: Adapter,
+        arrays: Sequence[Any],
+        input_shapes: tuple[Shape, ...],
+        shapes: tuple[Shape, ...],
+    ) -> None:
+        kind = type(arrays[0])
+        if kind not in self._fast:
+            self._fast[kind] = _Fast(adapter, self.signature)
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[input_shapes] = shapes
+
+    def _bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+        """The inputs in order, from positional and keyword arguments."""
+        names = self.signature.input_names
+        expected = f"it takes {', '.join(names)}"
+        if len(args) > len(names):
+            raise ArgumentTypeError(
+                f"{self.signature.kind}: expected {len(names)} arrays, but {len(args)} came;"
+                f" {expected}."
+            )
+        bound = dict(zip(names, args, strict=False))
+        for name, value in named.items():
+            if name not in names:
+                raise ArgumentTypeError(
+                    f"{self.signature.kind}: there is no argument {name!r}; {expected}, and the"
+                    f" options out, want, grad_req, copy."
+                )
+            if name in bound:
+                raise ArgumentTypeError(
+                    f"{self.signature.kind}: {name} was given twice, by position and by name."
+                )
+            bound[name] = value
+        missing = [name for name in names if name not in bound]
+        if missing:
+            raise ArgumentTypeError(
+                f"{self.signature.kind}: {', '.join(missing)} missing; {expected}."
+            )
+        return [bound[name] for name in names]
+
+    def _adapter(self, arrays: Sequence[Any], given: Mapping[str, Any]) -> Adapter:
+        pairs = [
+            (spec.name, array)
+            for spec, array in zip(self.signature.inputs, arrays, strict=True)
+            if not _is_scalar(spec, array)
+        ]
+        pairs += [(f"out[{name!r}]", array) for name, array in given.items()]
+        return adapter_for_call(self.signature.kind, pairs)
+
+    def _input(self, adapter: Adapter, spec: TensorSpec, array: Any) -> View:
+        where = f"{self.signature.kind}: {spec.name}"
+        if _is_scalar(spec, array):
+            array = adapter.scalar(float(array), spec.dtype)
+        view = adapter.view(array, where)
+        if view.dtype != spec.dtype:
+            raise ArgumentTypeError(
+                f"{where} must be {spec.dtype} ({spec}), but it is {view.dtype}. Convert it, or"
+                f" build an artifact for that dtype."
+            )
+        return view
+
+    def _usable(self, adapter: Adapter, spec: TensorSpec, view: View, copy: bool) -> View:
+        if view.defect is None:
+            return view
+        if not copy:
+            raise ArgumentError(
+                f"{self.signature.kind}: {spec.name} must be compact in row-major order for"
+                f" copy=False, but it is {view.defect}. Make it contiguous, or allow copy=True."
+            )
+        return adapter.copy(view)
+
+    def _output(self, adapter: Adapter, index: int, shape: Shape, array: Any) -> View:
+        spec = self.signature.outputs[index]
+        where = f"{self.signature.kind}: out[{spec.name!r}]"
+        view = adapter.view(array, where)
+        if view.dtype != spec.dtype:
+            raise ArgumentTypeError(
+                f"{where} must be {spec.dtype} ({spec}), but it is {view.dtype}. Allocate it with"
+                f" that dtype."
+            )
+        if view.shape != shape:
+            raise ArgumentError(
+                f"{where} must have shape {shape} ({spec}), but it has {view.shape}. Allocate it"
+                f" with that shape."
+            )
+        if view.defect is not None:
+            raise ArgumentError(
+                f"{where} must be compact in row-major order, but it is {view.defect}. Pass a"
+                f" contiguous array and copy from it."
+            )
+        if not view.writable:
+            raise ArgumentError(
+                f"{where} must be writable, but it is read-only, or its {adapter.noun} does not"
+                f" say. Pass a writable one."
+            )
+        return view
+
+
+def _is_scalar(spec: TensorSpec, array: object) -> bool:
+    """Whether this is a plain number where an array of rank 0 is expected."""
+    numbers = (int, float, np.floating, np.integer)
+    return spec.shape == () and isinstance(array, numbers) and not isinstance(array, bool)

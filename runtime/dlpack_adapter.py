@@ -1,0 +1,95 @@
+"""Any other DLPack CPU array. Outputs come as tvm_ffi.Tensor, which every DLPack library reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from normgraph.errors import ArgumentError, ArgumentTypeError
+from normgraph.runtime import dlpack
+from normgraph.runtime.adapters import View
+from normgraph.runtime.dlpack import AnyArray
+from normgraph.runtime.signature import Shape
+
+noun = "DLPack array"
+
+
+def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(None for _ in names)
+
+
+def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
+    return None
+
+
+def disjoint(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
+    return False
+
+
+def empty(shape: Shape, dtype: str) -> Any:
+    return dlpack.owned_tensor(shape, dtype)
+
+
+def view(array: Any, where: str) -> View:
+    device_type, device_id = array.__dlpack_device__()
+    if device_type != dlpack.CPU:
+        raise ArgumentError(
+            f"{where} must be on the CPU, but it is on DLPack device {int(device_type)}:"
+            f"{device_id}. Copy it to the CPU, or build an artifact for that device."
+        )
+    if isinstance(array, tvm_ffi.Tensor):
+        tensor = array
+    else:
+        try:
+            tensor = tvm_ffi.from_dlpack(array)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise ArgumentTypeError(
+                f"{where} ({type(array).__name__}) cannot be exported through DLPack: {error}."
+                f" Convert it to a numpy array or a torch tensor."
+            ) from None
+    dtype = str(tensor.dtype)
+    itemsize = max(tensor.dtype.itemsize, 1)
+    defect = None
+    if not tensor.is_contiguous():
+        defect = f"strided (strides {tensor.strides})"
+    elif tensor.data_ptr() % itemsize:
+        defect = f"not aligned to its element size ({itemsize} bytes)"
+    return View(
+        array=tensor,
+        shape=tuple(tensor.shape),
+        dtype=dtype,
+        defect=defect,
+        # Other producers may share memory that must not be written, and cannot say so.
+        writable=isinstance(array, tvm_ffi.Tensor),
+        address=tensor.data_ptr(),
+        nbytes=tensor.numel() * itemsize,
+    )
+
+
+def copy(view_: View) -> View:
+    dense = dlpack.owned_tensor(view_.shape, view_.dtype)
+    np.copyto(dlpack.memory_view(dense, view_.dtype), dlpack.memory_view(view_.array, view_.dtype))
+    return view(dense, "copy")
+
+
+def kernel_argument(view_: View) -> Any:
+    return view_.array
+
+
+def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
+    return view(dlpack.owned_tensor(shape, dtype), "output")
+
+
+def scalar(value: float, dtype: str) -> Any:
+    return tvm_ffi.from_dlpack(np.array(value, dtype))
+
+
+def memory(view_: View) -> AnyArray:
+    return dlpack.memory_view(view_.array, view_.dtype)
+
+
+def written(arrays: Sequence[Any]) -> None:
+    """tvm_ffi keeps no record of writes."""

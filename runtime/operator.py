@@ -1,0 +1,141 @@
+"""`load` and the `Operator` it returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import tvm_ffi
+
+from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, SpecError
+from normgraph.runtime.artifact import Artifact, open_artifact
+from normgraph.runtime.call import Call
+from normgraph.runtime.selftest import SelfTestResult, run_self_test
+from normgraph.runtime.signature import Signature
+from normgraph.spec import NormSpec
+
+KINDS = ("forward", "inference", "backward", "backward_frozen", "backward_from_output")
+
+
+class _NoSuchKind(SpecError, AttributeError):
+    """A kind the artifact lacks; also an AttributeError, so that hasattr and getattr work."""
+
+
+class Operator:
+    """A loaded artifact: one callable a kind, over the shapes and the dtype it was built for.
+
+    `forward`, `inference`, `backward`, `backward_frozen` and `backward_from_output` are there where
+    the artifact holds them (`kinds`); see `Call` for how each is called and what it returns.
+
+    It may be used from many threads at once. After a fork, use it in the child only where no call
+    was under way in the parent; start processes with "spawn" otherwise.
+    """
+
+    forward: Call
+    inference: Call
+    backward: Call
+    backward_frozen: Call
+    backward_from_output: Call
+
+    def __init__(self, artifact: Artifact, calls: Mapping[str, Call]) -> None:
+        self._artifact = artifact
+        self._calls = dict(calls)
+        self.__dict__.update((kind, calls[kind]) for kind in KINDS if kind in calls)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in KINDS:
+            raise self._lacks(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        shape = ", ".join(str(dim) for dim in self.shape)
+        return (
+            f"<normgraph.Operator {self.spec.op} {self.dtype}[{shape}] for {self._artifact.target}:"
+            f" {', '.join(self.kinds)}>"
+        )
+
+    @property
+    def spec(self) -> NormSpec:
+        """The operator and its options, every field resolved."""
+        return self._artifact.spec
+
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """The shape of x: ints are fixed, names stand for any extent."""
+        return self._artifact.shape
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of x."""
+        return self._artifact.dtype
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds the artifact holds."""
+        return tuple(self._calls)
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The artifact's manifest as read when it was loaded."""
+        return self._artifact.manifest
+
+    def signature(self, kind: str) -> Signature:
+        """Names, dtypes and shapes of what a kind takes and gives. SpecError if it is not there."""
+        return self._call(kind).signature
+
+    def call(self, kind: str, /, *args: Any, **options: Any) -> Any:
+        """The same as the attribute of that name called with the rest of the arguments."""
+        return self._call(kind)(*args, **options)
+
+    def self_test(self) -> tuple[SelfTestResult, ...]:
+        """Run the kernels on the vectors in the artifact and compare with their float64 answers.
+
+        Returns the largest error of every output; AccuracyError where one is above its tolerance.
+        """
+        return run_self_test(self._artifact, self._calls)
+
+    def _call(self, kind: str) -> Call:
+        try:
+            return self._calls[kind]
+        except (KeyError, TypeError):
+            raise self._lacks(kind) from None
+
+    def _lacks(self, kind: object) -> _NoSuchKind:
+        return _NoSuchKind(
+            f"this {self.spec.op} artifact has no kind {kind!r}; it has {', '.join(self.kinds)}."
+            f" Build it with that kind, where the operator has one."
+        )
+
+
+def load(path: str | os.PathLike[str]) -> Operator:
+    """Open the artifact directory at `path` and load the library this host runs best.
+
+    Everything is checked here, and before anything is loaded into the process: ArtifactNotFound
+    where there is no artifact, ArtifactCorrupt where its manifest or one of its files is not what
+    was written, ArtifactIncompatible where this host or this version cannot run it. A build that
+    could not run its own self-test leaves it to be run here: AccuracyError where it fails.
+    """
+    artifact = open_artifact(path)
+    try:
+        module = tvm_ffi.load_module(artifact.library)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ArtifactIncompatible(
+            f"{artifact.library}: the system's loader refuses the library: {error}. Compile the"
+            f" artifact again on or for this host."
+        ) from None
+    calls: dict[str, Call] = {}
+    for kind, signature in artifact.signatures.items():
+        name = artifact.functions[kind]
+        try:
+            function = module.get_function(name)
+        except AttributeError:
+            raise ArtifactCorrupt(
+                f"{artifact.library}: expected a function {name!r} for {kind}, but there is none."
+                f" Build the artifact again."
+            ) from None
+        calls[kind] = Call(signature, artifact.spec, function)
+    operator = Operator(artifact, calls)
+    if artifact.self_test_status != "passed":
+        operator.self_test()
+    return operator

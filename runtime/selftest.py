@@ -1,0 +1,89 @@
+"""Running an artifact's kernels on its stored vectors."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from normgraph.errors import AccuracyError, ArtifactCorrupt
+from normgraph.runtime import dlpack
+from normgraph.runtime.artifact import Artifact
+from normgraph.runtime.call import Call
+from normgraph.runtime.dlpack import AnyArray
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """The largest absolute error of one output over one stored case."""
+
+    kind: str
+    case: str
+    output: str
+    error: float
+    tolerance: float
+
+
+def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTestResult, ...]:
+    """Run every stored case. Raises AccuracyError for the first output that is wrong."""
+    results: list[SelfTestResult] = []
+    try:
+        with np.load(artifact.self_test, allow_pickle=False) as vectors:
+            for case in artifact.self_test_cases:
+                call = calls[case.kind]
+                results += _run(artifact, call, case.prefix, case.tolerance, vectors)
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ArtifactCorrupt(
+            f"{artifact.self_test}: the self-test cannot be read or run: {error}. Build the"
+            f" artifact again."
+        ) from None
+    return tuple(results)
+
+
+def _run(
+    artifact: Artifact,
+    call: Call,
+    prefix: str,
+    tolerance: Mapping[str, float],
+    vectors: Mapping[str, AnyArray],
+) -> list[SelfTestResult]:
+    signature = call.signature
+    inputs = [_tensor(vectors[f"{prefix}.in.{spec.name}"], spec.dtype) for spec in signature.inputs]
+    given = call(*inputs)
+    outputs = given if len(signature.outputs) > 1 else (given,)
+    results = []
+    for spec, output in zip(signature.outputs, outputs, strict=True):
+        want = vectors[f"{prefix}.out.{spec.name}"]
+        got = _float64(output, spec.dtype)
+        if got.shape != want.shape:
+            raise ValueError(f"{prefix}.out.{spec.name} has shape {want.shape}, not {got.shape}")
+        # NaN must count as an error, and compares false with everything.
+        error = float(np.max(np.abs(got - want), initial=0.0))
+        if not error <= tolerance[spec.name]:
+            raise AccuracyError(
+                f"{artifact.library}: {signature.kind} gives a wrong {spec.name} on this host: it"
+                f" is off by {error:.3g}, and {tolerance[spec.name]:.3g} is allowed (case"
+                f" {prefix}). Do not use this artifact; compile it again."
+            )
+        results.append(
+            SelfTestResult(signature.kind, prefix, spec.name, error, tolerance[spec.name])
+        )
+    return results
+
+
+def _tensor(array: AnyArray, dtype: str) -> Any:
+    """A stored input as the kernel takes it; bfloat16 is stored as its bits."""
+    tensor = dlpack.owned_tensor(array.shape, dtype)
+    np.copyto(dlpack.memory_view(tensor, dtype), array, casting="no")
+    return tensor
+
+
+def _float64(tensor: tvm_ffi.Tensor, dtype: str) -> AnyArray:
+    array = dlpack.memory_view(tensor, dtype)
+    if dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)

@@ -1,0 +1,131 @@
+"""PyTorch CPU tensors. Imported only when a tensor is passed, so torch has been imported by then."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from normgraph.errors import ArgumentError, ArgumentTypeError
+from normgraph.runtime.adapters import View
+from normgraph.runtime.dlpack import AnyArray
+from normgraph.runtime.signature import Shape
+
+torch: Any = sys.modules["torch"]
+noun = "torch tensor"
+
+_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(_DTYPES[name] for name in names)
+
+
+def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
+    if len(arrays) != len(dtypes):
+        return None
+    shapes = []
+    for tensor, dtype in zip(arrays, dtypes):  # noqa: B905  # the lengths were compared above
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.dtype is not dtype
+            or tensor.layout is not torch.strided
+            or not tensor.is_cpu
+            or tensor.requires_grad
+            or tensor.is_nested
+            or tensor.is_neg()
+            or not tensor.is_contiguous()
+            or tensor.data_ptr() % tensor.itemsize
+        ):
+            return None
+        shapes.append(tensor.shape)
+    return tuple(shapes)
+
+
+def disjoint(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*outputs, *inputs)]
+    for position, (start, stop) in enumerate(spans[: len(outputs)]):
+        for other_start, other_stop in spans[position + 1 :]:
+            if start < other_stop and other_start < stop:
+                return False
+    return True
+
+
+def empty(shape: Shape, dtype: Any) -> Any:
+    return torch.empty(shape, dtype=dtype)
+
+
+def view(array: Any, where: str) -> View:
+    if array.layout is not torch.strided or array.is_nested:
+        came = "nested" if array.is_nested else f"of layout {array.layout}"
+        raise ArgumentTypeError(
+            f"{where} must be a dense tensor, but it is {came}. Convert it with to_dense() or"
+            f" to_padded_tensor()."
+        )
+    if array.device.type != "cpu":
+        raise ArgumentError(
+            f"{where} must be on the CPU, but it is on {array.device}. Move it with .cpu(), or"
+            f" build an artifact for that device."
+        )
+    if array.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            f"{where} requires grad, and a kernel call is not recorded by autograd. Pass"
+            f" tensor.detach(), or call inside torch.no_grad()."
+        )
+    tensor = array.detach() if array.requires_grad else array
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError as error:
+        raise ArgumentTypeError(
+            f"{where} has no memory of its own ({type(array).__name__}): {error}. Call outside of"
+            f" tracing and function transforms."
+        ) from None
+    defect = None
+    if tensor.is_neg() or tensor.is_conj():
+        defect = "a lazily negated or conjugated view"
+    elif not tensor.is_contiguous():
+        defect = f"strided (strides {tuple(tensor.stride())})"
+    elif address % tensor.itemsize:
+        defect = f"not aligned to its element size ({tensor.itemsize} bytes)"
+    return View(
+        array=tensor,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        defect=defect,
+        writable=True,
+        address=address,
+        nbytes=tensor.nbytes,
+    )
+
+
+def copy(view_: View) -> View:
+    dense = torch.empty(view_.shape, dtype=view_.array.dtype)
+    with torch.no_grad():
+        dense.copy_(view_.array)  # resolves a lazy negation too
+    return view(dense, "copy")
+
+
+def kernel_argument(view_: View) -> Any:
+    return view_.array
+
+
+def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
+    return view(empty(shape, _DTYPES[dtype]), "output")
+
+
+def scalar(value: float, dtype: str) -> Any:
+    return torch.tensor(value, dtype=_DTYPES[dtype])
+
+
+def memory(view_: View) -> AnyArray:
+    tensor = view_.array.detach()
+    bits = tensor.view(torch.int16) if view_.dtype == "bfloat16" else tensor
+    array: AnyArray = bits.numpy()
+    return array.view("uint16") if view_.dtype == "bfloat16" else array
+
+
+def written(arrays: Sequence[Any]) -> None:
+    """Tell autograd, so that a backward through an overwritten saved tensor fails, as in torch."""
+    for tensor in arrays:
+        if not tensor.is_inference():  # those have no version counter
+            torch.autograd.graph.increment_version(tensor)
