@@ -74,14 +74,16 @@ def _write_folded(f: Frame) -> None:
     """y = x * scale + shift with the running statistics, gamma and beta folded into two."""
     g, x = f.g, f.load("x")
     mean, var = f.load("running_mean"), f.load("running_var")
-    scale = g.Reciprocal("inv_std", g.Sqrt("std", g.Add("var_eps", var, f.eps)))
+    std = g.Sqrt("std", g.Add("var_eps", var, f.eps))
     if f.spec.weight:
-        scale = g.Mul("scale", f.load("gamma"), scale)
+        scale = g.Mul("scale", f.load("gamma"), g.Reciprocal("inv_std", std))
+    else:
+        scale = g.Reciprocal("scale", std)
     shift = g.Mul("mean_scaled", mean, scale)
     shift = g.Sub("shift", f.load("beta"), shift) if f.spec.bias else g.Neg("shift", shift)
     g.Add(f.result("y"), g.Mul("x_scaled", x, scale), shift)
-    f.expose(scale, f.layout.param_dims)
-    f.expose(shift, f.layout.param_dims)
+    for name in ("scale", "shift"):
+        f.expose(name, f.layout.param_dims)
 
 
 def _write_running(f: Frame, squares: str, count: Count) -> None:

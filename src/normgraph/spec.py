@@ -59,7 +59,8 @@ class NormSpec:
         correction: the variance is the sum of squares over m - correction; 0 or 1.
         track_running_stats: forward updates running_mean and running_var, inference uses them.
             True for batch_norm, False for instance_norm, not an option of the others.
-        momentum: None makes it a scalar input of the forward graph. See `convention`.
+        momentum: None makes it a scalar input of the forward graph; left out (or NaN), it is
+            the default of the convention.
         convention: "torch": new = old + momentum * (batch - old), variance over m - 1, 0.1.
             "onnx", "mxnet": new = old * momentum + batch * (1 - momentum), variance over m, 0.9.
         param_dtype: the type of gamma, beta and their gradients; None is x's.
@@ -75,7 +76,7 @@ class NormSpec:
     bias: bool | None = None
     correction: int = 0
     track_running_stats: bool | None = None
-    momentum: float | str | None = "default"
+    momentum: float | None = math.nan
     convention: str = "torch"
     param_dtype: str | None = None
 
@@ -156,13 +157,13 @@ class NormSpec:
                 f"convention: expected one of {', '.join(CONVENTIONS)}; got {self.convention!r}"
             )
         default = _DEFAULT_MOMENTUM[self.convention]
-        momentum = default if self.momentum == "default" else self.momentum
+        momentum = self.momentum
         if momentum is not None:
-            if isinstance(momentum, (bool, str)) or not isinstance(momentum, (int, float)):
+            if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
                 raise SpecError(f"momentum: expected a number or None; got {momentum!r}")
+            momentum = default if math.isnan(momentum) else float(momentum)
             if not 0 <= momentum <= 1:
                 raise SpecError(f"momentum: expected a number from 0 to 1; got {momentum!r}")
-            momentum = float(momentum)
         if not tracks and (momentum != default or self.convention != "torch"):
             raise SpecError(
                 f"momentum={momentum!r}, convention={self.convention!r}: these say how running "
