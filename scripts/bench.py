@@ -213,7 +213,7 @@ def _check(peer: Peer, kind: str, want: Mapping[str, Array], dtype: str, inputs:
         if name not in want:
             continue
         found = _numpy(value).astype(np.float64).reshape(want[name].shape)
-        bound = 10.0 * relative(dtype, conditions) * scale_of(name, want[name], conditions)
+        bound = 10.0 * relative(name, dtype, conditions) * scale_of(name, want[name], conditions)
         room = bound + 2.0 * ulp(want[name], dtype)
         error = np.abs(found - want[name])
         if not bool(np.all(error <= room)):

@@ -180,7 +180,7 @@ class _Run:
                 slopes,
                 np.array([bound[each.index] for each in found]) + doubt,
                 dtype,
-                f"{describe(dtype, conditions)} + what the differences are uncertain by",
+                f"{describe(output, dtype, conditions)} + what the differences are uncertain by",
                 places,
             )
 
@@ -201,7 +201,7 @@ class _Run:
             graph = models[kind].SerializeToString()
             for inputs in each_inputs:
                 given = inputs.take([each.name for each in models[kind].graph.input])
-                want = reference.run(self.spec, kind, given)
+                want = reference.run(self.spec, kind, given, debug=True)
                 kernel = reason if kernels is None else kernels.run(kind, given)
                 yield from _against_float64_and_onnx(
                     f"{kind} (debug)", inputs, want, kernel, graph, given, outputs
@@ -259,7 +259,7 @@ def _against_float64_and_onnx(
         onnx_results = str(error)
     for output, dtype in outputs:
         bound = allowed(output, dtype, want[output], conditions)
-        source = describe(dtype, conditions)
+        source = describe(output, dtype, conditions)
         for subject, results in (("kernel", kernel), ("onnxruntime", onnx_results)):
             place = (kind, output, subject, "float64", label)
             if isinstance(results, str):

@@ -56,7 +56,9 @@ def differences(
     `inputs` are those of the forward and `dy`. At most `positions` elements are taken.
     """
     name = GRADIENTS[output]
-    wide = {key: np.array(value, np.float64) for key, value in inputs.items() if key != "dy"}
+    # Only forward updates running statistics, and so only forward takes a momentum.
+    without = {"dy"} if FORWARD_OF[kind] == "forward" else {"dy", "momentum"}
+    wide = {key: np.array(value, np.float64) for key, value in inputs.items() if key not in without}
     dy = np.asarray(inputs["dy"], np.float64)
     point = wide[name]
     count = min(positions, point.size)

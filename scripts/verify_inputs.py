@@ -149,6 +149,7 @@ class Inputs:
             kappa=kappa,
             row=self.row,
             column=v["x"].size // max(1, v["gamma"].size) if gradient else 0,
+            x=float(np.sqrt(np.mean(v["x"].astype(np.float64) ** 2))),
             dy=float(np.sqrt(np.mean(v["dy"].astype(np.float64) ** 2))) if gradient else 0.0,
             factor=float(gamma.max() * inv_std.max()) if gradient else 0.0,
             inv_std=float(inv_std.max()),

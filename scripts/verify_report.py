@@ -133,6 +133,13 @@ class Report:
     def count(self, status: str) -> int:
         return sum(row.status == status for row in self.rows)
 
+    def _worst_cases(self) -> list[Row]:
+        """Of the rows that differ in their case alone, the one nearest to (or past) its bound."""
+        groups: dict[tuple[str, str, str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.kind, row.output, row.subject, row.against), []).append(row)
+        return [max(group, key=_badness) for group in groups.values()]
+
     def _counts(self) -> str:
         return ", ".join(f"{self.count(each)} {each.lower()}" for each in (PASSED, FAILED, NOT_RUN))
 
@@ -164,12 +171,15 @@ class Report:
         return json.dumps({**head, "rows": rows}, indent=2)
 
     def to_text(self) -> str:
-        sources = list(dict.fromkeys(row.source for row in self.rows if row.source))
+        shown = self._worst_cases()
+        sources = list(dict.fromkeys(row.source for row in shown if row.source))
+        cases = list(dict.fromkeys(row.case for row in self.rows))
         lines = [
             f"{self.artifact}: {self.operator} {self.dtype} ({self.shape}), target {self.target}",
+            f"Each line is the worst of its cases: {', '.join(cases)}",
             "",
         ]
-        lines += _table([_HEADER, *(_cells(row, sources) for row in self.rows)])
+        lines += _table([_HEADER, *(_cells(row, sources) for row in shown)])
         lines += ["", "Tolerances:"]
         lines += [f"  [{place + 1}] {source}" for place, source in enumerate(sources)]
         skipped = dict.fromkeys(row.reason for row in self.rows if row.status == NOT_RUN)
@@ -190,6 +200,10 @@ class Report:
 _HEADER = (
     "kind", "output", "compared", "case", "max abs", "max rel", "ulp", "worst at", "allowed", "",
 )  # fmt: skip
+
+
+def _badness(row: Row) -> tuple[int, float]:
+    return (NOT_RUN, PASSED, FAILED).index(row.status), _share(row)
 
 
 def _share(row: Row) -> float:

@@ -10,12 +10,13 @@ the condition of x - mean (mu and sigma are the mean and the standard deviation 
 - sqrt(L): the rounding errors of a sum are of either sign and grow as a random walk; L itself
   would be the worst case, reached by no data.
 - 8: the roundings outside the sums, on the longest chain of operations behind one value.
-- kappa: x and mean carry errors relative to their own size, x - mean is smaller by kappa.
+- kappa: x and mean carry errors relative to their own size, x - mean is smaller by kappa. Sums of
+  x or of dy alone (`mean`, `new_running_mean`, `dbeta`) have kappa 1.
 - scale: the largest value of the tensor; where the values are sums that cancel, not less than the
   size such a sum has when its terms are of random sign (`scale_of`). No formula in floating point
   knows a sum better than its terms.
 - backward_from_output: x_hat = (y - beta)/gamma loses |y|/|gamma| units, so `relative` is taken
-  max(1, max|y| / min|gamma|) times.
+  max(1, max|y| / min|gamma|) times; not for dbeta, which needs no x_hat.
 - the cap holds the model to the promise made for float32: 2e-5 of the largest value at mean 0 and
   2e-4 at mean 100 times sigma; 1e-12 for float64.
 """
@@ -23,7 +24,7 @@ the condition of x - mean (mu and sigma are the mean and the standard deviation 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -65,7 +66,8 @@ class Conditions:
 
     kappa       sqrt(1 + mu^2/sigma^2) of the whole of x; 1 where nothing is centred
     row         elements behind one mean: m
-    column      elements behind one parameter gradient; 0 without parameters
+    column      elements behind one parameter gradient; 0 without a gradient
+    x           root mean square of x
     dy, factor  root mean square of dy; largest |gamma| * inv_std (0 without a gradient)
     inv_std     largest inverse standard deviation
     from_output max|y| / min|gamma| in backward_from_output, else 1
@@ -74,10 +76,16 @@ class Conditions:
     kappa: float
     row: int
     column: int
+    x: float = 0.0
     dy: float = 0.0
     factor: float = 0.0
     inv_std: float = 0.0
     from_output: float = 1.0
+
+    def of(self, output: str) -> Conditions:
+        """The conditions of one output: plain sums have no difference to lose digits in."""
+        plain = output in ("mean", "new_running_mean", "dbeta")
+        return replace(self, kappa=1.0, from_output=1.0) if plain else self
 
 
 def kappa_of(x: Array) -> float:
@@ -87,12 +95,22 @@ def kappa_of(x: Array) -> float:
     return math.hypot(1.0, float(wide.mean()) / deviation) if deviation > 0.0 else 1.0
 
 
-def relative(dtype: str, conditions: Conditions) -> float:
+def relative(output: str, dtype: str, conditions: Conditions) -> float:
     """The allowed error relative to the scale, before the half types' unit in the last place."""
-    length = max(conditions.row, conditions.column, 1)
-    grown = ROUNDOFF[dtype] * conditions.kappa * (8.0 + math.sqrt(length))
-    cap = 1e-12 if dtype == "float64" else 2e-5 * math.sqrt(conditions.kappa)
-    return min(grown, cap) * max(1.0, conditions.from_output)
+    c = conditions.of(output)
+    return min(_grown(dtype, c), _cap(dtype, c)) * max(1.0, c.from_output)
+
+
+def _grown(dtype: str, c: Conditions) -> float:
+    return ROUNDOFF[dtype] * c.kappa * (8.0 + math.sqrt(_length(c)))
+
+
+def _cap(dtype: str, c: Conditions) -> float:
+    return 1e-12 if dtype == "float64" else 2e-5 * math.sqrt(c.kappa)
+
+
+def _length(c: Conditions) -> int:
+    return max(c.row, c.column, 1)
 
 
 def scale_of(output: str, want: Float64, conditions: Conditions) -> float:
@@ -101,6 +119,7 @@ def scale_of(output: str, want: Float64, conditions: Conditions) -> float:
     c = conditions
     row, column = math.sqrt(c.row), math.sqrt(c.column)
     least = {
+        "mean": c.x / max(row, 1.0),
         "dx": c.factor * c.dy if c.row < _SHORT_ROW else 0.0,
         "dvar": 0.5 * c.factor * c.inv_std * c.dy * row,
         "dmean": c.factor * c.dy * row,
@@ -113,19 +132,17 @@ def scale_of(output: str, want: Float64, conditions: Conditions) -> float:
 def allowed(output: str, dtype: str, want: Float64, conditions: Conditions) -> Float64:
     """The largest error each element of `output` may have; same shape as `want`."""
     bound: Float64 = np.full(
-        want.shape, relative(dtype, conditions) * scale_of(output, want, conditions)
+        want.shape, relative(output, dtype, conditions) * scale_of(output, want, conditions)
     )
     return bound + ulp(want, dtype) if dtype in _HALF else bound
 
 
-def describe(dtype: str, conditions: Conditions) -> str:
+def describe(output: str, dtype: str, conditions: Conditions) -> str:
     """The tolerance in words, with its numbers."""
-    c = conditions
-    length = max(c.row, c.column, 1)
+    c = conditions.of(output)
     u = "2^-53" if dtype == "float64" else "2^-24"
-    grown = ROUNDOFF[dtype] * c.kappa * (8.0 + math.sqrt(length))
-    text = f"{u} * kappa {c.kappa:.3g} * (8 + sqrt({length}))"
-    if relative(dtype, c) < grown * max(1.0, c.from_output):
+    text = f"{u} * kappa {c.kappa:.3g} * (8 + sqrt({_length(c)}))"
+    if _cap(dtype, c) < _grown(dtype, c):
         text = "cap 1e-12" if dtype == "float64" else f"cap 2e-5 * sqrt(kappa {c.kappa:.3g})"
     if c.from_output > 1.0:
         text += f" * max|y|/min|gamma| {c.from_output:.3g}"

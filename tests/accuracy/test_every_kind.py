@@ -1,0 +1,129 @@
+"""Every row of the table, every kind, every dtype: the kernels against float64 NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import normgraph.graphs.reference as reference
+from normgraph import NormSpec
+from normgraph.scripts.verify_inputs import Case, Inputs
+
+ROWS = {
+    "batch_norm": (NormSpec("batch_norm"), ("N", 6, "H", "W")),
+    "instance_norm": (
+        NormSpec("instance_norm", track_running_stats=True),
+        ("N", 6, "H", "W"),
+    ),
+    "group_norm": (NormSpec("group_norm", groups=2), ("N", 6, "H", "W")),
+    "layer_norm": (NormSpec("layer_norm"), ("N", "T", 37)),
+    "rms_norm": (NormSpec("rms_norm"), ("N", "T", 37)),
+}
+KINDS = {
+    "batch_norm": 5,
+    "instance_norm": 5,
+    "group_norm": 4,
+    "layer_norm": 4,
+    "rms_norm": 4,
+}
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Primes; a plane smaller than a vector; long odd rows; one batch.
+IMAGES = ((3, 6, 5, 7), (2, 6, 3, 3), (1, 6, 1, 127), (5, 6, 29, 31))
+LINES = ((3, 5, 37), (1, 1, 37), (2, 61, 37))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ROWS)
+def test_every_output_is_within_its_bound(
+    op: str,
+    dtype: str,
+    built: Callable[..., Any],
+    call: Callable[..., Any],
+    names: Callable[..., Any],
+    within: Callable[..., None],
+) -> None:
+    spec, shape = ROWS[op]
+    operator = built(spec, shape, dtype)
+    assert len(operator.kinds) == KINDS[op]
+    for size in IMAGES if len(shape) == 4 else LINES:
+        for mean in (0.0, 100.0):
+            inputs = Inputs(operator.spec, dtype, Case(size, mean), seed=3)
+            for kind in operator.kinds:
+                given = inputs.take(names(operator, kind))
+                want = reference.run(operator.spec, kind, given)
+                factor = inputs.conditions(kind).from_output
+                for name, got in call(operator, kind, given).items():
+                    output_dtype = _dtype_of(operator, kind, name)
+                    where = f"{op} {dtype} {kind} {name} {size} mean {mean:g}"
+                    within(got, want[name], output_dtype, mean, where, factor)
+
+
+def _dtype_of(operator: Any, kind: str, name: str) -> str:
+    outputs = operator.manifest["kinds"][kind]["outputs"]
+    return str(next(entry["dtype"] for entry in outputs if entry["name"] == name))
+
+
+@pytest.mark.parametrize("op", ["instance_norm", "group_norm", "layer_norm"])
+def test_the_kept_zero_term_holds_the_accuracy_at_mean_a_million(
+    op: str, built: Callable[..., Any]
+) -> None:
+    """x - mean is then off by up to 0.03; without delta y and dx would be off as much."""
+    spec, shape = ROWS[op]
+    operator = built(spec, shape, "float32")
+    size = (2, 6, 29, 31) if len(shape) == 4 else (2, 61, 37)
+    inputs = Inputs(operator.spec, "float32", Case(size, 1e6), seed=5)
+    v = inputs.values
+    gamma, beta = v["gamma"], v["beta"]
+    running = (v["running_mean"], v["running_var"]) if spec.track_running_stats else ()
+    found = operator.forward(v["x"], gamma, beta, *running)
+    exact = reference.run(
+        operator.spec,
+        "forward",
+        inputs.take(["x", "gamma", "beta", *(["running_mean", "running_var"] if running else [])]),
+    )
+    assert np.max(np.abs(found.y - exact["y"])) < 2e-5 * np.max(np.abs(exact["y"]))
+    # The true gradient is that of the exact mean, not of the rounded one the kernel is given.
+    true = reference.run(
+        operator.spec,
+        "backward",
+        {"dy": v["dy"], "x": v["x"], "gamma": gamma}
+        | {name: exact[name] for name in ("mean", "inv_std")},
+    )
+    dx, dgamma, _ = operator.backward(v["dy"], v["x"], gamma, found.mean, found.inv_std)
+    assert np.max(np.abs(dx - true["dx"])) < 2e-5 * np.max(np.abs(true["dx"]))
+    assert np.max(np.abs(dgamma - true["dgamma"])) < 2e-5 * np.max(np.abs(true["dgamma"]))
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_one_element_a_slice(op: str, built: Callable[..., Any]) -> None:
+    """m = 1: y = beta and dx = 0, exactly. rms_norm has no mean: y = gamma * x/sqrt(x^2 + eps)."""
+    if op in ("layer_norm", "rms_norm"):
+        operator = built(NormSpec(op), ("N", 1), kinds=("forward", "backward"))
+        x = np.array([[3.0], [-2.0], [100.25]], np.float32)
+    elif op == "group_norm":
+        operator = built(NormSpec(op, groups=2), ("N", 2), kinds=("forward", "backward"))
+        x = np.array([[3.0, 0.1], [-2.0, 1e4], [100.25, 7.0]], np.float32)
+    else:
+        spec = NormSpec(op, track_running_stats=False)
+        operator = built(spec, ("N", 2, "H"), kinds=("forward", "backward"))
+        x = np.array([[[3.0], [0.1]]], np.float32)
+    count = x.shape[-1] if op in ("layer_norm", "rms_norm") else x.shape[1]
+    gamma = np.linspace(0.5, 1.5, count).astype(np.float32)
+    beta = np.linspace(-1.0, 1.0, count).astype(np.float32)
+    dy = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
+    if op == "rms_norm":
+        y, inv_std = operator.forward(x, gamma)
+        np.testing.assert_allclose(y, gamma * np.sign(x), rtol=1e-5)
+        dx, _ = operator.backward(dy, x, gamma, inv_std)
+        np.testing.assert_allclose(dx, 0.0, atol=1e-5)
+        return
+    y, mean, inv_std = operator.forward(x, gamma, beta)
+    column = (1, -1) + (1,) * (x.ndim - 2)
+    np.testing.assert_array_equal(y, np.broadcast_to(beta.reshape(column), x.shape))
+    dx, dgamma, dbeta = operator.backward(dy, x, gamma, mean, inv_std)
+    np.testing.assert_array_equal(dx, np.zeros_like(x))
+    np.testing.assert_array_equal(dgamma, np.zeros_like(gamma))
+    np.testing.assert_allclose(dbeta, dy.sum(axis=(0, *range(2, x.ndim))), rtol=1e-6)
