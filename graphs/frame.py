@@ -46,13 +46,22 @@ class Frame:
     def load(self, name: str) -> str:
         """The input `name` in the compute dtype and the shape it has inside the graph."""
         if name not in self._loaded:
-            port, value = self.inputs[name], name
-            if port.dtype != self.layout.core:
-                value = self.g.Cast(f"{name}_core", value, to=ELEMENT_TYPES[self.layout.core])
+            port, value = self.inputs[name], self._cast(name)
             if port.inside != port.shape:
                 value = self._reshape(f"{name}_inside", value, port.inside)
             self._loaded[name] = value
         return self._loaded[name]
+
+    def _cast(self, name: str) -> str:
+        """The input `name` in the compute dtype, in its own shape."""
+        if self.inputs[name].dtype == self.layout.core:
+            return name
+        to = ELEMENT_TYPES[self.layout.core]
+        return self._once(f"{name}_core", lambda core: self.g.Cast(core, name, to=to))
+
+    def _like_x(self) -> str:
+        """A tensor of x's own shape; behind the Cast, for bfloat16 has no Size in onnxruntime."""
+        return self._cast(next(iter(self.inputs)))
 
     def result(self, name: str) -> str:
         """What to call the tensor that becomes the output `name`; `name` itself where it can."""
@@ -99,11 +108,11 @@ class Frame:
         return self.g.Reshape(name, value, target, allowzero=1)
 
     def _dims_of_x(self) -> str:
-        return self._once("x_dims", lambda n: self.g.Shape(n, next(iter(self.inputs))))
+        return self._once("x_dims", lambda n: self.g.Shape(n, self._like_x()))
 
     def _split_dims(self) -> str:
         def write(name: str) -> str:
-            like = next(iter(self.inputs))
+            like = self._like_x()
             lead = self.g.Shape("lead_dims", like, start=0, end=1)
             channels = [d for d in self.layout.dims[1:3] if isinstance(d, int)]
             rest = self.g.Shape("rest_dims", like, start=2)
@@ -188,8 +197,7 @@ class Frame:
         return self.g.Add(name, over, 1.0)
 
     def _elements(self) -> str:
-        like = next(iter(self.inputs))
-        return self._once("elements", lambda name: self.g.Size(name, like))
+        return self._once("elements", lambda name: self.g.Size(name, self._like_x()))
 
     def _slices(self, stat: str) -> str:
         """How many slices x has, at least 1, as an integer."""
