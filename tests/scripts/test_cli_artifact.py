@@ -1,0 +1,129 @@
+"""inspect, verify and bench: a sound artifact, a damaged one, one for another machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact that a test may damage."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def for_another_cpu(manifest: dict[str, Any]) -> None:
+    """Ask for a CPU feature that no CPU has."""
+    manifest["libraries"][0]["target"]["features"].append("time-travel")
+
+
+def test_inspect(cli: Callable[..., Any], artifact: Path) -> None:
+    code, out, err = cli("inspect", artifact)
+    assert (code, err) == (0, "")
+    for part in ("instance_norm", "float32[N, 4, L]", "backward", "inv_std", "cpu", "passed"):
+        assert part in out
+
+
+def test_inspect_as_json_is_the_manifest(cli: Callable[..., Any], artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert json.loads(cli("inspect", artifact, "--json").out) == manifest
+
+
+def test_inspect_shows_an_artifact_for_another_cpu(
+    cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    rewrite_manifest(copy, for_another_cpu)
+    code, out, err = cli("inspect", copy)
+    assert code == 0
+    assert "instance_norm" in out
+    assert "time-travel" in err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "bench", "run"])
+def test_a_missing_or_damaged_artifact_exits_with_3(
+    command: str, cli: Callable[..., Any], copy: Path, tmp_path: Path
+) -> None:
+    rest = ("forward",) if command == "run" else ()
+    for path in (tmp_path / "nowhere", tmp_path):
+        code, out, err = cli(command, path, *rest)
+        assert (code, out) == (3, "")
+        assert str(path) in err
+    (library,) = copy.glob("*.so")
+    content = library.read_bytes()
+    for damaged in (
+        content[: len(content) // 2],
+        content + b"\0",
+        content.replace(b"\0", b"\1", 1),
+    ):
+        library.write_bytes(damaged)
+        code, out, err = cli(command, copy, *rest)
+        assert (code, out) == (3, "")
+        assert library.name in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "run"])
+def test_an_artifact_for_another_cpu_exits_with_4(
+    command: str, cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    rewrite_manifest(copy, for_another_cpu)
+    code, out, err = cli(command, copy, *(("forward",) if command == "run" else ()))
+    assert (code, out) == (4, "")
+    assert "time-travel" in err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_newer_format_exits_with_4(
+    command: str, cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    rewrite_manifest(copy, lambda manifest: manifest.update(format_version=99))
+    code, out, err = cli(command, copy)
+    assert (code, out) == (4, "")
+    assert "99" in err
+
+
+def test_verify(cli: Callable[..., Any], artifact: Path) -> None:
+    code, out, err = cli("verify", artifact, "--shape", "2,4,7")
+    assert code == 0, out
+    assert "PASSED" in out
+    assert "dgamma" in out
+    assert " s] " in err
+
+
+def test_verify_as_json(cli: Callable[..., Any], artifact: Path) -> None:
+    code, out, _ = cli("verify", artifact, "--shape", "2,4,7", "--seed", "3", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ok"] is True
+    assert report["seed"] == 3
+
+
+def test_verify_of_a_wrong_kernel_exits_with_1(
+    cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    """The kernels were compiled with eps 1e-5, and the manifest says otherwise."""
+    rewrite_manifest(copy, lambda manifest: manifest["spec"].update(eps=0.5))
+    code, out, _ = cli("verify", copy, "--shape", "2,4,7")
+    assert code == 1
+    assert "FAILED" in out
+
+
+def test_verify_refuses_a_shape_that_does_not_fit(cli: Callable[..., Any], artifact: Path) -> None:
+    code, out, err = cli("verify", artifact, "--shape", "2,5,7")
+    assert (code, out) == (2, "")
+    assert "N,4,L" in err
+
+
+def test_bench(cli: Callable[..., Any], artifact: Path) -> None:
+    code, out, _ = cli("bench", artifact, "--shape", "2,4,7", "--kinds", "inference")
+    assert code == 0
+    assert "inference" in out
+    report = json.loads(
+        cli("bench", artifact, "--shape", "2,4,7", "--kinds", "inference", "--json").out
+    )
+    assert report["shape"] == [2, 4, 7]
