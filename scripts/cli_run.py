@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,9 +108,11 @@ _HEADERS = ("output", "dtype", "shape", "min", "mean", "max")
 
 def _row(name: str, value: Array) -> tuple[str, ...]:
     shape = "x".join(map(str, value.shape)) or "scalar"
+    if not value.size:
+        return (name, value.dtype.name, shape, "-", "-", "-")
     wide = value.astype(np.float64)
-    facts = (wide.min(), wide.mean(), wide.max()) if wide.size else ()
-    return (name, value.dtype.name, shape, *(f"{fact:.6g}" for fact in facts or "---"))
+    facts = (wide.min(), wide.mean(), wide.max())
+    return (name, value.dtype.name, shape, *(f"{fact:.6g}" for fact in facts))
 
 
 def _in_order(outputs: Sequence[str], wanted: Sequence[str]) -> list[str]:
@@ -140,20 +143,28 @@ def _read(source: Source, wanted: Mapping[str, Tensor]) -> dict[str, Array]:
             raise ArgumentError(
                 f"--input {name}: expected a number or a file; got {value!r}"
             ) from None
+    held = _load(value)
+    if not isinstance(held, dict):
+        return {Path(value).stem if name is None else name: held}
+    if name is None:
+        return held
+    if name not in held:
+        raise ArgumentError(f"--input: {value} holds {', '.join(held)}, and no {name}")
+    return {name: held[name]}
+
+
+def _load(path: str) -> Array | dict[str, Array]:
+    """The array of a .npy file, or those of a .npz file by name."""
     try:
-        loaded = np.load(value, mmap_mode=None, allow_pickle=False)
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
-        raise ArgumentError(f"--input: there is no file {value}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise ArgumentError(f"--input: {value} is not a .npy or .npz file: {error}") from None
-    if isinstance(loaded, np.ndarray):
-        return {Path(value).stem if name is None else name: loaded}
-    with loaded:
-        if name is None:
-            return {key: loaded[key] for key in loaded.files}
-        if name not in loaded.files:
-            raise ArgumentError(f"--input: {value} holds {', '.join(loaded.files)}, and no {name}")
-        return {name: loaded[name]}
+        raise ArgumentError(f"--input: there is no file {path}") from None
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
+        raise ArgumentError(f"--input: {path} is not a .npy or .npz file: {error}") from None
 
 
 def _typed(array: Array, tensor: Tensor) -> Array:
