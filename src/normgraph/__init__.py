@@ -9,7 +9,7 @@ from normgraph.errors import NormGraphError
 from normgraph.host import check_host
 
 if TYPE_CHECKING:
-    from normgraph import compile, graphs, runtime  # noqa: A004
+    from normgraph import compile, errors, graphs, runtime  # noqa: A004
     from normgraph.api import build
     from normgraph.runtime import load
     from normgraph.spec import NormSpec
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 check_host()
 
 __version__ = "0.1.0"
-__all__ = ["NormGraphError", "NormSpec", "build", "compile", "graphs", "load", "runtime"]
+__all__ = ["NormGraphError", "NormSpec", "build", "compile", "errors", "graphs", "load", "runtime"]
 
 # Resolved on first use, so that loading an artifact imports neither onnx nor the compiler.
 _LAZY = {
@@ -27,7 +27,6 @@ _LAZY = {
     "compile": ("normgraph.compile", None),
     "graphs": ("normgraph.graphs", None),
     "runtime": ("normgraph.runtime", None),
-    "errors": ("normgraph.errors", None),
 }
 
 
