@@ -55,8 +55,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def ulp(values: Array, dtype: str) -> Float64:
     """One unit in the last place of `dtype` at each value: 2^(exponent - bits)."""
     bits, smallest = _FORMAT[dtype]
-    _, exponent = np.frexp(np.abs(np.asarray(values, np.float64)))
-    units: Float64 = np.ldexp(1.0, np.maximum(exponent - 1, smallest) - bits)
+    fraction, exponent = np.frexp(np.abs(np.asarray(values, np.float64)))
+    normal = np.where(fraction > 0.0, np.maximum(exponent - 1, smallest), smallest)
+    units: Float64 = np.ldexp(1.0, normal - bits)
     return units
 
 

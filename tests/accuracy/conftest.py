@@ -1,45 +1,18 @@
-"""Artifacts built once a session, the rows of the family, and the bounds results are held to."""
+"""Calling kernels by kind, and the bounds results are held to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import normgraph
-from normgraph import NormSpec
 from normgraph.scripts.verify_tolerance import ulp
 
 Array = NDArray[Any]
-Build = Callable[..., Any]
 Within = Callable[..., None]
-
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build(spec, shape, dtype="float32", kinds=None): the operator, compiled once a session."""
-    found: dict[Any, Any] = {}
-
-    def build(
-        spec: NormSpec,
-        shape: Sequence[int | str],
-        dtype: str = "float32",
-        kinds: Sequence[str] | None = None,
-    ) -> Any:
-        key = (spec, tuple(shape), dtype, kinds if kinds is None else tuple(kinds))
-        if key not in found:
-            out: Path = tmp_path_factory.mktemp("artifacts") / f"{spec.op}-{dtype}"
-            found[key] = normgraph.build(
-                spec, shape=tuple(shape), dtype=dtype, kinds=kinds, out=out
-            )
-        return found[key]
-
-    return build
 
 
 @pytest.fixture(scope="session")
@@ -79,10 +52,8 @@ def within() -> Within:
         assert got.shape == want.shape, where
         assert got.dtype.name == dtype, where
         wide = got.astype(np.float64)
-        if dtype == "float64":
-            share = 1e-12
-        else:
-            share = 2e-5 if mean == 0.0 else 2e-4
+        single = 2e-5 if mean == 0.0 else 2e-4
+        share = 1e-12 if dtype == "float64" else single
         allowed = np.full(want.shape, factor * share * np.max(np.abs(want), initial=0.0))
         if dtype in ("float16", "bfloat16"):
             allowed += ulp(want, dtype)

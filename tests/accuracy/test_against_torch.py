@@ -56,13 +56,13 @@ def test_outputs_and_gradients_are_those_of_float64_autograd(
     op: str,
     training: bool,
     dtype: str,
-    built: Callable[..., Any],
+    build_operator: Callable[..., Any],
     call: Callable[..., Any],
     names: Callable[..., Any],
     within: Callable[..., None],
 ) -> None:
     spec, shape = ROWS[op]
-    operator = built(spec, shape, dtype)
+    operator = build_operator(spec, shape, dtype)
     forward, backward = ("forward", "backward") if training else ("inference", "backward_frozen")
     for mean in (0.0, 100.0):
         size = (3, 6, 11, 13) if len(shape) == 4 else (3, 7, 37)
@@ -88,9 +88,11 @@ def test_outputs_and_gradients_are_those_of_float64_autograd(
 
 
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
-def test_running_statistics_after_three_batches(op: str, built: Callable[..., Any]) -> None:
+def test_running_statistics_after_three_batches(
+    op: str, build_operator: Callable[..., Any]
+) -> None:
     spec, shape = ROWS[op]
-    operator = built(spec, shape, "float32")
+    operator = build_operator(spec, shape, "float32")
     random = np.random.default_rng(11)
     mine = [np.zeros(6, np.float32), np.ones(6, np.float32)]
     theirs = {"running_mean": torch.zeros(6).double(), "running_var": torch.ones(6).double()}
@@ -104,9 +106,11 @@ def test_running_statistics_after_three_batches(op: str, built: Callable[..., An
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-6, atol=1e-7)
 
 
-def test_momentum_as_an_input_gives_the_cumulative_average(built: Callable[..., Any]) -> None:
+def test_momentum_as_an_input_gives_the_cumulative_average(
+    build_operator: Callable[..., Any],
+) -> None:
     """PyTorch's momentum=None weights batch k by 1/k."""
-    operator = built(NormSpec("batch_norm", momentum=None), ("N", 6), kinds=("forward",))
+    operator = build_operator(NormSpec("batch_norm", momentum=None), ("N", 6), kinds=("forward",))
     module = torch.nn.BatchNorm1d(6, momentum=None)
     random = np.random.default_rng(13)
     mine = [np.zeros(6, np.float32), np.ones(6, np.float32)]

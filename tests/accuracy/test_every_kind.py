@@ -40,13 +40,13 @@ LINES = ((3, 5, 37), (1, 1, 37), (2, 61, 37))
 def test_every_output_is_within_its_bound(
     op: str,
     dtype: str,
-    built: Callable[..., Any],
+    build_operator: Callable[..., Any],
     call: Callable[..., Any],
     names: Callable[..., Any],
     within: Callable[..., None],
 ) -> None:
     spec, shape = ROWS[op]
-    operator = built(spec, shape, dtype)
+    operator = build_operator(spec, shape, dtype)
     assert len(operator.kinds) == KINDS[op]
     for size in IMAGES if len(shape) == 4 else LINES:
         for mean in (0.0, 100.0):
@@ -68,11 +68,11 @@ def _dtype_of(operator: Any, kind: str, name: str) -> str:
 
 @pytest.mark.parametrize("op", ["instance_norm", "group_norm", "layer_norm"])
 def test_the_kept_zero_term_holds_the_accuracy_at_mean_a_million(
-    op: str, built: Callable[..., Any]
+    op: str, build_operator: Callable[..., Any]
 ) -> None:
     """x - mean is then off by up to 0.03; without delta y and dx would be off as much."""
     spec, shape = ROWS[op]
-    operator = built(spec, shape, "float32")
+    operator = build_operator(spec, shape, "float32")
     size = (2, 6, 29, 31) if len(shape) == 4 else (2, 61, 37)
     inputs = Inputs(operator.spec, "float32", Case(size, 1e6), seed=5)
     v = inputs.values
@@ -98,17 +98,17 @@ def test_the_kept_zero_term_holds_the_accuracy_at_mean_a_million(
 
 
 @pytest.mark.parametrize("op", ROWS)
-def test_one_element_a_slice(op: str, built: Callable[..., Any]) -> None:
+def test_one_element_a_slice(op: str, build_operator: Callable[..., Any]) -> None:
     """m = 1: y = beta and dx = 0, exactly. rms_norm has no mean: y = gamma * x/sqrt(x^2 + eps)."""
     if op in ("layer_norm", "rms_norm"):
-        operator = built(NormSpec(op), ("N", 1), kinds=("forward", "backward"))
+        operator = build_operator(NormSpec(op), ("N", 1), kinds=("forward", "backward"))
         x = np.array([[3.0], [-2.0], [100.25]], np.float32)
     elif op == "group_norm":
-        operator = built(NormSpec(op, groups=2), ("N", 2), kinds=("forward", "backward"))
+        operator = build_operator(NormSpec(op, groups=2), ("N", 2), kinds=("forward", "backward"))
         x = np.array([[3.0, 0.1], [-2.0, 1e4], [100.25, 7.0]], np.float32)
     else:
         spec = NormSpec(op, track_running_stats=False)
-        operator = built(spec, ("N", 2, "H"), kinds=("forward", "backward"))
+        operator = build_operator(spec, ("N", 2, "H"), kinds=("forward", "backward"))
         x = np.array([[[3.0], [0.1]]], np.float32)
     count = x.shape[-1] if op in ("layer_norm", "rms_norm") else x.shape[1]
     gamma = np.linspace(0.5, 1.5, count).astype(np.float32)

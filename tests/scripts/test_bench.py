@@ -1,0 +1,125 @@
+"""bench: the peers, the JSON, and that a wrong peer is not timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from normgraph import NormSpec
+from normgraph.errors import AccuracyError, ArgumentError
+from normgraph.scripts import bench_peers
+from normgraph.scripts.bench import bench
+from normgraph.scripts.bench_overheads import small_shape
+from normgraph.scripts.bench_peers import Peer
+from normgraph.scripts.bench_report import BenchReport
+from normgraph.scripts.bench_timing import time_apart, time_small
+
+SHAPE = ("N", 6, "H", "W")
+
+
+@pytest.fixture(scope="session")
+def artifact(build_artifact: Callable[..., Path]) -> Path:
+    return build_artifact(NormSpec("batch_norm"), SHAPE)
+
+
+@pytest.fixture(scope="session")
+def report(artifact: Path) -> BenchReport:
+    return bench(artifact, (2, 6, 5, 7), rounds=2, seconds=0.001)
+
+
+def test_peers_and_the_memory_limit_are_there(report: BenchReport) -> None:
+    for kind in ("forward", "inference", "backward"):
+        ours = report.find(kind, "normgraph", "given")
+        assert ours is not None
+        assert ours.ratio == 1.0
+        assert report.find(kind, "normgraph", "warm") is not None
+        assert report.find(kind, "onnxruntime", "given") is not None
+        assert report.find(kind, "stock TVM", "warm") is not None
+        limit = "add of two" if kind == "backward" else "copy of one"
+        assert report.find(kind, limit, "given") is not None
+
+
+def test_torch_is_a_peer_where_it_is_installed(report: BenchReport) -> None:
+    pytest.importorskip("torch")
+    for kind in ("forward", "inference", "backward"):
+        assert report.find(kind, "torch eager", "warm") is not None
+    assert "torch" in report.versions
+
+
+def test_costs_beside_the_kernels(report: BenchReport) -> None:
+    costs = report.overheads
+    assert costs is not None
+    assert costs.call_shape == (2, 6, 4, 4)
+    for seconds, most in (
+        (costs.graph_build, 1.0),
+        (costs.compile, 60.0),
+        (costs.inference_call, 1e-3),
+        (costs.backward_call, 1e-3),
+    ):
+        assert seconds is not None
+        assert 0.0 < seconds < most
+
+
+def test_json_and_text(report: BenchReport) -> None:
+    read = json.loads(report.to_json())
+    assert set(read) == {
+        "artifact", "operator", "dtype", "shape", "machine", "versions", "rows", "overheads",
+    }  # fmt: skip
+    assert read["shape"] == [2, 6, 5, 7]
+    timed = [row for row in read["rows"] if row["timing"] is not None]
+    assert timed
+    for row in timed:
+        timing = row["timing"]
+        assert 0.0 < timing["low"] <= timing["median"] <= timing["high"]
+        assert timing["calls"] >= 2
+        assert row["threads"] >= 1
+        assert row["heap"] in ("given", "warm", "cold")
+    for row in read["rows"]:
+        assert (row["timing"] is None) == bool(row["reason"])
+    text = report.to_text()
+    assert "onnxruntime" in text
+    assert "building one graph" in text
+
+
+def test_a_peer_that_is_wrong_is_not_timed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(graph: Path, kind: str, inputs: dict[str, Any], threads: int) -> Peer:
+        return Peer("onnxruntime", lambda: {"y": inputs["x"] + np.float32(1)}, threads, False)
+
+    monkeypatch.setattr(bench_peers, "onnx_runtime", wrong)
+    with pytest.raises(AccuracyError, match="onnxruntime, forward, y"):
+        bench(artifact, (2, 6, 5, 7), kinds=("forward",), rounds=1, seconds=0.001, stock=False)
+
+
+def test_a_shape_the_artifact_does_not_take_is_refused(artifact: Path) -> None:
+    with pytest.raises(ArgumentError, match="N,6,H,W"):
+        bench(artifact, (2, 5, 5, 7))
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    found = time_apart(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, seconds=0.0
+    )
+    assert "".join(order) == ("aaaa" + "bbbb") * 3
+    assert {name: timing.calls for name, timing in found.items()} == {"a": 6, "b": 6}
+
+
+def test_small_calls_are_timed_in_batches() -> None:
+    count = [0]
+
+    def call() -> None:
+        count[0] += 1
+
+    timing = time_small(call, batches=3, batch=10)
+    assert count[0] == 50
+    assert timing.calls == 3
+
+
+def test_a_small_shape_needs_a_name() -> None:
+    assert small_shape(("N", 64, "H", "W")) == (2, 64, 4, 4)
+    assert small_shape((8, 64)) is None

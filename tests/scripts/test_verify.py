@@ -1,0 +1,169 @@
+"""verify passes a sound artifact and fails a wrong kernel, a wrong graph and a wrong spec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import normgraph
+from normgraph import NormSpec
+from normgraph.errors import ArgumentError, ArtifactNotFound
+from normgraph.scripts.verify import verify, verify_data
+from normgraph.scripts.verify_inputs import Case, Inputs
+from normgraph.scripts.verify_report import FAILED, PASSED, Report
+
+SHAPE = ("N", 6, "H", "W")
+
+
+@pytest.fixture(scope="session")
+def artifact(build_artifact: Callable[..., Path]) -> Path:
+    return build_artifact(NormSpec("batch_norm"), SHAPE)
+
+
+@pytest.fixture(scope="session")
+def report(artifact: Path) -> Report:
+    return verify(artifact)
+
+
+def _failed(report: Report) -> set[tuple[str, str, str, str]]:
+    return {
+        (row.kind, row.output, row.subject, row.against)
+        for row in report.rows
+        if row.status == FAILED
+    }
+
+
+def _rewrite(artifact: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and make its digest fit again, so that it loads."""
+    path = artifact / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    del manifest["digest"]
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    manifest["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_sound_artifact_passes(report: Report) -> None:
+    assert report.ok, report.to_text()
+    assert json.loads(report.to_json())["ok"] is True
+
+
+def test_every_output_of_every_kind_is_compared_with_everything(report: Report) -> None:
+    spec = NormSpec("batch_norm")
+    rows = {(row.kind, row.output, row.subject, row.against) for row in report.rows}
+    for kind in normgraph.graphs.kinds(spec):
+        model = normgraph.graphs.build(spec, kind, SHAPE)
+        for output in (each.name for each in model.graph.output):
+            for pair in (
+                ("kernel", "float64"),
+                ("onnxruntime", "float64"),
+                ("kernel", "onnxruntime"),
+            ):
+                assert (kind, output, *pair) in rows
+            if kind.startswith("backward"):
+                assert (kind, output, "reference", "differences") in rows
+    for kind in ("backward", "backward_from_output"):
+        for output in ("dvar", "dmean", "dx"):
+            for subject in ("kernel", "onnxruntime"):
+                assert (f"{kind} (debug)", output, subject, "float64") in rows
+    assert {row.status for row in report.rows} == {PASSED}
+    assert len({row.case for row in report.rows}) == 6
+
+
+def test_one_shape_is_checked_where_one_is_given(artifact: Path) -> None:
+    told: list[str] = []
+    report = verify(artifact, (2, 6, 3, 11), seed=4, progress=told.append)
+    assert report.ok, report.to_text()
+    assert {row.case for row in report.rows} == {"2x6x3x11 N(0,1)", "2x6x3x11 N(100,1)"}
+    assert report.command == f"normgraph verify {artifact} --shape 2,6,3,11 --seed 4"
+    assert told
+
+
+def test_given_data_is_checked(artifact: Path) -> None:
+    inputs = Inputs(NormSpec("batch_norm"), "float32", Case((2, 6, 5, 5), 1.0), seed=1)
+    report = verify_data(artifact, inputs.take(["x", "dy"]), "some pictures")
+    assert report.ok, report.to_text()
+    assert {row.case for row in report.rows} == {"2x6x5x5 some pictures"}
+    assert report.worst("backward", "dx") is not None
+
+
+def test_a_kernel_with_a_flipped_sign_fails(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = normgraph.load(artifact)
+
+    class Flipped:
+        spec, shape, dtype = sound.spec, sound.shape, sound.dtype
+        kinds, manifest = sound.kinds, sound.manifest
+
+        def call(self, kind: str, *arguments: Any) -> Any:
+            found = sound.call(kind, *arguments)
+            return found._replace(dx=-found.dx) if kind == "backward" else found
+
+    monkeypatch.setattr(normgraph, "load", lambda _: Flipped())
+    report = verify(artifact, (2, 6, 3, 11))
+    assert not report.ok
+    bad = {each for each in _failed(report) if "(debug)" not in each[0]}
+    assert bad == {
+        ("backward", "dx", "kernel", "float64"),
+        ("backward", "dx", "kernel", "onnxruntime"),
+        ("backward", "dx", "kernel", "differences"),
+    }
+    assert "FAILED backward dx, kernel against differences" in report.to_text()
+
+
+def test_a_graph_with_a_flipped_sign_fails(artifact: Path, tmp_path: Path) -> None:
+    """Another graph beside sound kernels: onnxruntime's results are out, the kernel's are not."""
+    wrong = tmp_path / "artifact"
+    shutil.copytree(artifact, wrong)
+
+    def flip(manifest: dict[str, Any]) -> None:
+        entry = manifest["kinds"]["backward"]["graph"]
+        model = onnx.load(wrong / entry["file"])
+        for node in model.graph.node:
+            node.output[:] = ["dx_before" if name == "dx" else name for name in node.output]
+            node.input[:] = ["dx_before" if name == "dx" else name for name in node.input]
+        model.graph.node.append(onnx.helper.make_node("Neg", ["dx_before"], ["dx"]))
+        content = model.SerializeToString()
+        (wrong / entry["file"]).unlink()
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry |= {
+            "file": f"graph-backward-{sha256[:12]}.onnx",
+            "sha256": sha256,
+            "size": len(content),
+        }
+        (wrong / entry["file"]).write_bytes(content)
+
+    _rewrite(wrong, flip)
+    report = verify(wrong, (2, 6, 3, 11))
+    assert not report.ok
+    assert _failed(report) == {
+        ("backward", "dx", "onnxruntime", "float64"),
+        ("backward", "dx", "kernel", "onnxruntime"),
+    }
+
+
+def test_kernels_for_another_spec_fail(artifact: Path, tmp_path: Path) -> None:
+    """A manifest that says another eps than the kernels and graphs were made with."""
+    wrong = tmp_path / "artifact"
+    shutil.copytree(artifact, wrong)
+    _rewrite(wrong, lambda manifest: manifest["spec"].update(eps=0.1))
+    report = verify(wrong, (2, 6, 3, 11))
+    assert not report.ok
+    assert ("forward", "y", "kernel", "float64") in _failed(report)
+    assert ("backward_frozen", "dx", "kernel", "differences") in _failed(report)
+
+
+def test_bad_requests_are_refused(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="N,6,H,W"):
+        verify(artifact, (2, 7, 3, 3))
+    with pytest.raises(ArtifactNotFound):
+        verify(tmp_path / "nothing")
