@@ -55,8 +55,8 @@ def start(seed: int = 0) -> dict[str, Array]:
     random = np.random.default_rng(seed)
 
     def weights(rows: int, columns: int) -> Array:
-        spread = np.sqrt(2.0 / rows)
-        return (random.standard_normal((rows, columns)) * spread).astype(np.float32)
+        values: Array = random.standard_normal((rows, columns)) * np.sqrt(2.0 / rows)
+        return values.astype(np.float32)
 
     return {
         "w1": weights(64, HIDDEN),

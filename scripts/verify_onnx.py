@@ -71,11 +71,12 @@ def _array(value: Any, dtype: str) -> Array:
         return found
     import ml_dtypes
 
-    # OrtValue.numpy() does not know bfloat16; DLPack hands the same memory over as bytes.
+    # OrtValue.numpy() does not know bfloat16: read its memory as 16-bit integers.
     bits = np.ctypeslib.as_array(
         _pointer(value.data_ptr()), shape=(int(np.prod(value.shape(), dtype=np.int64)),)
     )
-    return bits.copy().view(ml_dtypes.bfloat16).reshape(value.shape())
+    copied: Array = bits.copy().view(ml_dtypes.bfloat16).reshape(value.shape())
+    return copied
 
 
 def _pointer(address: int) -> Any:
