@@ -71,6 +71,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/catalogue"))
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="only these")
     options = parser.parse_args()
+    known = [entry.spec.op for entry in ENTRIES]
+    for operator in options.operators:
+        if operator not in known:
+            parser.error(f"expected operators out of {', '.join(known)}; got {operator!r}")
     progress = Progress()
     try:
         for path in build_catalogue(

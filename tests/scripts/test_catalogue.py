@@ -1,0 +1,48 @@
+"""The catalogue: what ./scripts/compile-cpu builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import normgraph as ng
+from normgraph.scripts import catalogue
+from normgraph.spec import OPERATORS
+
+
+def test_it_holds_every_operator() -> None:
+    assert sorted(entry.spec.op for entry in catalogue.ENTRIES) == sorted(OPERATORS)
+
+
+def test_it_builds_one_artifact_a_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compile", "--out", str(tmp_path), "rms_norm"])
+    assert catalogue.main() == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        str(tmp_path / "rms_norm-float32"),
+        str(tmp_path / "rms_norm-float16"),
+    ]
+    assert "2/2 rms_norm-float16" in err
+    for line in out.splitlines():
+        assert set(ng.load(line).kinds) == set(ng.graphs.kinds(ng.NormSpec("rms_norm")))
+
+
+def test_a_mistake_is_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compile", "--out", str(tmp_path), "--target", "z80"])
+    assert catalogue.main() == 2
+    assert "z80" in capsys.readouterr().err
+
+
+def test_an_operator_that_does_not_exist_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compile", "--out", str(tmp_path), "sum_norm"])
+    with pytest.raises(SystemExit) as stop:
+        catalogue.main()
+    assert stop.value.code == 2
+    assert "sum_norm" in capsys.readouterr().err
