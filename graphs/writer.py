@@ -110,9 +110,16 @@ class GraphWriter:
     def model(
         self, name: str, doc: str, metadata: Mapping[str, str], version: str
     ) -> onnx.ModelProto:
-        """The graph as a checked model."""
+        """The graph as a checked model, without the nodes that no output needs."""
+        needed = {output.name for output in self._outputs}
+        nodes = []
+        for node in reversed(self._nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        constants = [constant for constant in self._constants if constant.name in needed]
         graph = helper.make_graph(
-            self._nodes, name, self._inputs, self._outputs, self._constants, doc_string=doc
+            nodes[::-1], name, self._inputs, self._outputs, constants, doc_string=doc
         )
         model = helper.make_model(
             graph,
