@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import statistics
 import sys
@@ -34,8 +35,12 @@ def pin_threads(count: int) -> None:
     os.environ.setdefault("OMP_PLACES", "cores")
 
 
+@functools.cache
 def cores() -> int:
-    """How many cores this process may use."""
+    """How many cores this process may use, as it was at the first call.
+
+    OpenMP binds the thread that calls it to one core, which then looks like all there are.
+    """
     return len(os.sched_getaffinity(0))
 
 
