@@ -44,7 +44,7 @@ def trained(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_the_loss_falls_and_the_digits_are_read(trained: dict[str, Any]) -> None:
     losses = trained["losses"]
     assert losses[0] > 1.5
-    assert np.mean(losses[-20:]) < 0.1
+    assert np.mean(losses[-20:]) < 0.25
     assert trained["accuracy"] > 0.95
 
 
