@@ -12,7 +12,7 @@ import pytest
 
 from normgraph import NormSpec
 from normgraph.errors import AccuracyError, ArgumentError
-from normgraph.scripts import bench_peers
+from normgraph.scripts import bench_peers, bench_table
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_overheads import small_shape
 from normgraph.scripts.bench_peers import Peer
@@ -84,6 +84,18 @@ def test_json_and_text(report: BenchReport) -> None:
     text = report.to_text()
     assert "onnxruntime" in text
     assert "building one graph" in text
+
+
+def test_the_standard_table(report: BenchReport) -> None:
+    text = bench_table.markdown([report])
+    for heading in ("## Forward", "## Inference", "## Backward", "## Beside the kernels"):
+        assert heading in text
+    lines = [line for line in text.splitlines() if line.startswith("| batch_norm | 2×6×5×7 |")]
+    assert len(lines) == 3
+    heads = [line for line in text.splitlines() if line.startswith("| operator")]
+    assert {line.count("|") for line in (*lines, *heads)} == {lines[0].count("|")}
+    operators = {entry.spec.op for entry in bench_table.ENTRIES}
+    assert len(operators) == 5
 
 
 def test_a_peer_that_is_wrong_is_not_timed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
