@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -38,14 +39,28 @@ class Adapter(Protocol):
     def native_dtypes(self, names: Sequence[str]) -> tuple[Any, ...]:
         """The library's dtype objects; None where arrays of that dtype never pass `ready`."""
 
-    def ready(self, arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
-        """The shapes, if these arrays can be handed to a kernel without any more checks."""
+    def ready(
+        self, arrays: Sequence[Any], dtypes: Sequence[Any]
+    ) -> tuple[tuple[Shape, ...], bool] | None:
+        """The shapes, if these arrays can be handed to a kernel without any more checks.
 
-    def disjoint(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
-        """Whether arrays that passed `ready` may be written: no two share memory."""
+        The flag says whether each is known to own its memory.
+        """
 
-    def empty(self, shape: Shape, dtype: Any) -> Any:
-        """A new array of a native dtype."""
+    def writable(
+        self, array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool
+    ) -> bool:
+        """Whether a kernel may write here without any more checks.
+
+        `others` passed `ready` or `writable`, and must not share memory with `array`; `owned` says
+        that each of them owns its memory.
+        """
+
+    def empty(self, shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
+        """New arrays of native dtypes."""
+
+    def has_zero(self, array: Any) -> bool:
+        """Whether an array that passed `ready` may hold a zero."""
 
     def view(self, array: Any, where: str) -> View:
         """Inspect any array of the library; raises for what no kernel can take."""
@@ -65,7 +80,7 @@ class Adapter(Protocol):
     def memory(self, view: View) -> AnyArray:
         """The memory as a writable NumPy array; bfloat16 as its bits."""
 
-    def written(self, arrays: Sequence[Any]) -> None:
+    def written(self, arrays: Iterable[Any]) -> None:
         """Called after a kernel wrote into arrays that the caller gave."""
 
 
@@ -103,6 +118,7 @@ def adapter_for_call(kind: str, arrays: Iterable[tuple[str, object]]) -> Adapter
     return first[1]
 
 
+@cache
 def _load(library: str) -> Adapter:
     module = importlib.import_module(f"normgraph.runtime.{library}_adapter")
     return cast(Adapter, module)

@@ -25,8 +25,10 @@ class _Fast:
 
     def __init__(self, adapter: Adapter, signature: Signature) -> None:
         self.ready = adapter.ready
-        self.disjoint = adapter.disjoint
+        self.writable = adapter.writable
         self.empty = adapter.empty
+        self.has_zero = adapter.has_zero
+        self.scalar = adapter.scalar
         self.written = adapter.written
         self.inputs = adapter.native_dtypes([spec.dtype for spec in signature.inputs])
         self.outputs = adapter.native_dtypes([spec.dtype for spec in signature.outputs])
@@ -54,9 +56,17 @@ class Call:
         self._names = signature.output_names
         self._select = lru_cache(maxsize=128)(lambda want, req: select(signature, want, req))
         self._every = select(signature, None, "write")
-        self._from_output = (
-            signature.kind == "backward_from_output" and "gamma" in signature.input_names
-        )
+        self._arity = len(signature.inputs)
+        # For each output, the input that it may be written over, or -1.
+        self._in_place = [
+            _index(signature, name.removeprefix("new_")) if name.startswith("new_") else -1
+            for name in self._names
+        ]
+        self._takes_momentum = "momentum" in signature.input_names  # then it is the last one
+        # Where x is recovered from y by dividing by gamma, the index of gamma among the inputs.
+        self._gamma = -1
+        if signature.kind == "backward_from_output":
+            self._gamma = _index(signature, "gamma")
         self._plans: dict[tuple[Shape, ...] | None, tuple[Shape, ...]] = {}
         self._fast: dict[type, _Fast] = {}
         # Kernels do not touch an output that is not requested; any memory of its rank will do.
@@ -104,60 +114,92 @@ class Call:
             selection = self._every
         else:
             selection = self._select(*freeze(self.signature, want, grad_req))
-        if args and not named and not self._from_output:
-            fast = self._fast.get(type(args[0]))
-            if fast is not None:
-                shapes = self._plans.get(fast.ready(args, fast.inputs))
+        if named or len(args) != self._arity:
+            args = self._bind(args, named)
+        fast = self._fast.get(type(args[0]))
+        if fast is not None:
+            if self._takes_momentum and type(args[-1]) is float:
+                args = (*args[:-1], fast.scalar(args[-1], self.signature.inputs[-1].dtype))
+            ready = fast.ready(args, fast.inputs)
+            if ready is not None:
+                shapes = self._plans.get(ready[0])
                 if shapes is not None:
-                    result = self._short(fast, args, shapes, selection, out)
+                    result = self._short(fast, args, ready[1], shapes, selection, out)
                     if result is not None:
                         return result
-        return self._full(args, named, selection, out, copy)
+        return self._full(args, selection, out, copy)
 
     def _short(
         self,
         fast: _Fast,
-        args: Sequence[Any],
+        args: tuple[Any, ...],
+        owned: bool,
         shapes: tuple[Shape, ...],
         selection: Selection,
         out: Any,
     ) -> Any:
         """The call for arrays and shapes known to be good; None leaves it to the full path."""
-        if out:
-            if type(out) is not dict or selection.added - {self._names.index(n) for n in out}:
+        if self._gamma >= 0 and fast.has_zero(args[self._gamma]):
+            return None
+        if out is not None:
+            buffers = self._given(fast, args, owned, shapes, selection, out)
+            if buffers is None:
                 return None
-        elif selection.added or out is not None:
+        elif selection.added:
+            return None
+        elif selection is self._every:
+            buffers = fast.empty(shapes, fast.outputs)
+        else:
+            buffers = self._placeholders.copy()
+            for index in selection.wanted:
+                (buffers[index],) = fast.empty((shapes[index],), (fast.outputs[index],))
+        self._function(*args, *buffers, selection.request)
+        if out is not None:
+            fast.written(out.values())
+        if selection.result is None:
+            return buffers[selection.wanted[0]]
+        if len(selection.wanted) < len(buffers):
+            buffers = [buffers[index] for index in selection.wanted]
+        return tuple.__new__(selection.result, buffers)
+
+    def _given(
+        self,
+        fast: _Fast,
+        args: tuple[Any, ...],
+        owned: bool,
+        shapes: tuple[Shape, ...],
+        selection: Selection,
+        out: Any,
+    ) -> list[Any] | None:
+        """The kernel's outputs where some are the caller's; None leaves it to the full path."""
+        if type(out) is not dict:
             return None
         buffers = self._placeholders.copy()
-        results = []
-        given = []
+        others = args
+        left = len(out)
         for index in selection.wanted:
-            buffer = out.get(self._names[index]) if out else None
-            if buffer is None:
-                buffer = fast.empty(shapes[index], fast.outputs[index])
-            else:
-                ready = fast.ready((buffer,), fast.outputs[index : index + 1])
-                if ready is None or ready[0] != shapes[index]:
+            array = out.get(self._names[index])
+            if array is not None:
+                left -= 1
+                beside = others
+                position = self._in_place[index]
+                if position >= 0 and array is args[position] and index not in selection.added:
+                    beside = (*others[:position], *others[position + 1 :])
+                if not fast.writable(array, fast.outputs[index], shapes[index], beside, owned):
                     return None
-                given.append(buffer)
-            buffers[index] = buffer
-            results.append(buffer)
-        if given:
-            if len(given) != len(out) or not fast.disjoint(given, args):
+                buffers[index] = array
+                if left:
+                    # Whether this one owns its memory is not known here, so look at memory below.
+                    others, owned = (*others, array), False
+            elif index in selection.added:
                 return None
-        elif out:
-            return None
-        self._function(*args, *buffers, selection.request)
-        if given:
-            fast.written(given)
-        if selection.result is None:
-            return results[0]
-        return tuple.__new__(selection.result, results)
+            else:
+                (buffers[index],) = fast.empty((shapes[index],), (fast.outputs[index],))
+        return None if left else buffers
 
     def _full(
         self,
-        args: tuple[Any, ...],
-        named: Mapping[str, Any],
+        arrays: tuple[Any, ...],
         selection: Selection,
         out: object,
         copy: object,
@@ -167,21 +209,24 @@ class Call:
         given = check_out(signature, selection, out)
         if not isinstance(copy, bool):
             raise ArgumentTypeError(f"{kind}: copy must be True or False, but it is {copy!r}.")
-        arrays = self._bind(args, named)
         adapter = self._adapter(arrays, given)
         views = [
             self._input(adapter, spec, array)
             for spec, array in zip(signature.inputs, arrays, strict=True)
         ]
         input_shapes = tuple(view.shape for view in views)
-        shapes = signature.output_shapes(input_shapes)
-        rules.check_enough_values(self._spec, signature, input_shapes)
+        known = self._plans.get(input_shapes)
+        if known is None:
+            shapes = signature.output_shapes(input_shapes)
+            rules.check_enough_values(self._spec, signature, input_shapes)
+        else:
+            shapes = known
         views = [
             self._usable(adapter, spec, view, copy)
             for spec, view in zip(signature.inputs, views, strict=True)
         ]
-        if self._from_output:
-            gamma = views[signature.input_names.index("gamma")]
+        if self._gamma >= 0:
+            gamma = views[self._gamma]
             rules.check_no_zero(kind, adapter.memory(gamma), gamma.dtype)
         outputs: dict[int, View] = {}
         for index in selection.wanted:
@@ -208,7 +253,7 @@ class Call:
                 buffers[index] = adapter.kernel_argument(view)
             self._function(*map(adapter.kernel_argument, views), *buffers, selection.request)
             self._remember(adapter, arrays, input_shapes, shapes)
-        adapter.written(list(given.values()))
+        adapter.written(given.values())
         results = [
             given[self._names[index]] if self._names[index] in given else outputs[index].array
             for index in selection.wanted
@@ -231,7 +276,7 @@ class Call:
             self._plans.clear()
         self._plans[input_shapes] = shapes
 
-    def _bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+    def _bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """The inputs in order, from positional and keyword arguments."""
         names = self.signature.input_names
         expected = f"it takes {', '.join(names)}"
@@ -257,7 +302,7 @@ class Call:
             raise ArgumentTypeError(
                 f"{self.signature.kind}: {', '.join(missing)} missing; {expected}."
             )
-        return [bound[name] for name in names]
+        return tuple(bound[name] for name in names)
 
     def _adapter(self, arrays: Sequence[Any], given: Mapping[str, Any]) -> Adapter:
         pairs = [
@@ -315,6 +360,11 @@ class Call:
                 f" say. Pass a writable one."
             )
         return view
+
+
+def _index(signature: Signature, name: str) -> int:
+    names = signature.input_names
+    return names.index(name) if name in names else -1
 
 
 def _is_scalar(spec: TensorSpec, array: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,21 @@ def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
     return tuple(None for _ in names)
 
 
-def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
+def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
+    """None: these arrays take the long path, whose cost is small beside a DLPack import."""
     return None
 
 
-def disjoint(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
+def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:
     return False
 
 
-def empty(shape: Shape, dtype: str) -> Any:
-    return dlpack.owned_tensor(shape, dtype)
+def empty(shapes: Iterable[Shape], dtypes: Iterable[str]) -> list[Any]:
+    return [dlpack.owned_tensor(*pair) for pair in zip(shapes, dtypes, strict=True)]
+
+
+def has_zero(array: Any) -> bool:
+    return True
 
 
 def view(array: Any, where: str) -> View:
@@ -91,5 +96,5 @@ def memory(view_: View) -> AnyArray:
     return dlpack.memory_view(view_.array, view_.dtype)
 
 
-def written(arrays: Sequence[Any]) -> None:
+def written(arrays: Iterable[Any]) -> None:
     """tvm_ffi keeps no record of writes."""

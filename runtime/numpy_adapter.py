@@ -1,11 +1,13 @@
-"""NumPy arrays, bfloat16 ones (by ml_dtypes or another package that names its dtype so) included."""
+"""NumPy arrays, also bfloat16 ones, by ml_dtypes or another package that names its dtype so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime import dlpack
@@ -14,7 +16,6 @@ from normgraph.runtime.dlpack import AnyArray
 from normgraph.runtime.signature import Shape
 
 noun = "numpy array"
-empty = np.empty
 
 # Bits of ndarray.flags.num: C-contiguous, aligned, writeable (NumPy exports no read-only memory).
 _READY = 0x1 | 0x100 | 0x400
@@ -26,39 +27,56 @@ def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
     return tuple(None if name == "bfloat16" else np.dtype(name) for name in names)
 
 
-def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
+def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
     if len(arrays) != len(dtypes):
         return None
     shapes = []
+    common = -1
     for array, dtype in zip(arrays, dtypes):  # noqa: B905  # the lengths were compared above
-        if (
-            type(array) is not np.ndarray
-            or array.dtype is not dtype
-            or array.flags.num & _READY != _READY
-        ):
+        if type(array) is not ndarray or array.dtype is not dtype:
             return None
+        common &= array.flags.num
         shapes.append(array.shape)
-    return tuple(shapes)
+    if common & _READY != _READY:
+        return None
+    return tuple(shapes), common & _OWNS != 0
 
 
-def disjoint(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
-    for position, output in enumerate(outputs):
-        owns = output.flags.num & _OWNS
-        for other in (*inputs, *outputs[:position]):
-            if output is other:
+def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:
+    if type(array) is not ndarray or array.dtype is not dtype or array.shape != shape:
+        return False
+    flags = array.flags.num
+    if flags & _READY != _READY:
+        return False
+    if owned and flags & _OWNS:
+        # Arrays that each own their memory share none, unless they are one array.
+        for other in others:  # noqa: SIM110  # a generator would double the cost of this check
+            if other is array:
                 return False
-            # Two arrays that each own their memory cannot share it.
-            if not (owns and other.flags.num & _OWNS) and np.may_share_memory(output, other):
-                return False
-    return True
+        return True
+    return not any(np.may_share_memory(array, other) for other in others)
+
+
+def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
+    return list(map(np.empty, shapes, dtypes))
+
+
+def has_zero(array: AnyArray) -> bool:
+    return not array.all()
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name
 
 
 def view(array: Any, where: str) -> View:
-    if isinstance(array, np.ma.MaskedArray):
+    if type(array) is not ndarray and isinstance(array, np.ma.MaskedArray):
         raise ArgumentTypeError(
             f"{where} is a masked array, and kernels know no mask. Pass array.filled(value)."
         )
     plain: AnyArray = np.asarray(array)
+    address = plain.__array_interface__["data"][0]
     if not plain.dtype.isnative:
         raise ArgumentTypeError(
             f"{where} has byte order {plain.dtype.byteorder!r} ({plain.dtype}), but kernels need"
@@ -68,15 +86,15 @@ def view(array: Any, where: str) -> View:
     defect = None
     if not flags.c_contiguous:
         defect = f"strided (strides {plain.strides} bytes)"
-    elif not flags.aligned or plain.__array_interface__["data"][0] % max(plain.itemsize, 1):
+    elif not flags.aligned or address % max(plain.itemsize, 1):
         defect = f"not aligned to its element size ({plain.itemsize} bytes)"
     return View(
         array=plain,
         shape=plain.shape,
-        dtype=plain.dtype.name,
+        dtype=_name(plain.dtype),
         defect=defect,
         writable=flags.writeable,
-        address=plain.__array_interface__["data"][0],
+        address=address,
         nbytes=plain.nbytes,
     )
 
@@ -97,7 +115,8 @@ def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
             raise ArgumentError(
                 "a bfloat16 output without a bfloat16 input needs an array in out=."
             )
-    return view(np.empty(shape, found), "output")
+    array = np.empty(shape, found)
+    return View(array, shape, dtype, None, True, 0, array.nbytes)
 
 
 def scalar(value: float, dtype: str) -> AnyArray:
@@ -109,5 +128,5 @@ def memory(view_: View) -> AnyArray:
     return array.view(np.uint16) if view_.dtype == "bfloat16" else array
 
 
-def written(arrays: Sequence[Any]) -> None:
+def written(arrays: Iterable[Any]) -> None:
     """NumPy keeps no record of writes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 
@@ -12,7 +12,7 @@ def _rebuild(kind: str, names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
     return tuple.__new__(result_type(kind, names), values)
 
 
-@lru_cache(maxsize=None)
+@cache
 def result_type(kind: str, names: tuple[str, ...]) -> type[tuple[Any, ...]]:
     """The named tuple class for these outputs; its instances can be pickled."""
     make: Any = collections.namedtuple  # the names are not literals, so no static type fits

@@ -1,9 +1,9 @@
-"""PyTorch CPU tensors. Imported only when a tensor is passed, so torch has been imported by then."""
+"""PyTorch CPU tensors. Imported only when a tensor is passed, so torch is imported by then."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from normgraph.errors import ArgumentError, ArgumentTypeError
@@ -21,7 +21,7 @@ def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
     return tuple(_DTYPES[name] for name in names)
 
 
-def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | None:
+def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
     if len(arrays) != len(dtypes):
         return None
     shapes = []
@@ -39,20 +39,28 @@ def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Shape, ...] | N
         ):
             return None
         shapes.append(tensor.shape)
-    return tuple(shapes)
+    return tuple(shapes), False
 
 
-def disjoint(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
-    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*outputs, *inputs)]
-    for position, (start, stop) in enumerate(spans[: len(outputs)]):
-        for other_start, other_stop in spans[position + 1 :]:
-            if start < other_stop and other_start < stop:
-                return False
+def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:
+    passed = ready((array,), (dtype,))
+    if passed is None or passed[0][0] != shape:
+        return False
+    start = array.data_ptr()
+    stop = start + array.nbytes
+    for other in others:
+        address = other.data_ptr()
+        if start < address + other.nbytes and address < stop:
+            return False
     return True
 
 
-def empty(shape: Shape, dtype: Any) -> Any:
-    return torch.empty(shape, dtype=dtype)
+def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
+    return [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def has_zero(array: Any) -> bool:
+    return not array.all().item()
 
 
 def view(array: Any, where: str) -> View:
@@ -110,7 +118,8 @@ def kernel_argument(view_: View) -> Any:
 
 
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
-    return view(empty(shape, _DTYPES[dtype]), "output")
+    tensor = torch.empty(shape, dtype=_DTYPES[dtype])
+    return View(tensor, shape, dtype, None, True, 0, tensor.nbytes)
 
 
 def scalar(value: float, dtype: str) -> Any:
@@ -124,7 +133,7 @@ def memory(view_: View) -> AnyArray:
     return array.view("uint16") if view_.dtype == "bfloat16" else array
 
 
-def written(arrays: Sequence[Any]) -> None:
+def written(arrays: Iterable[Any]) -> None:
     """Tell autograd, so that a backward through an overwritten saved tensor fails, as in torch."""
     for tensor in arrays:
         if not tensor.is_inference():  # those have no version counter

@@ -57,16 +57,35 @@ def kernels(dtype: str) -> dict[str, Any]:
     """The kernels; `core` is the type of the statistics."""
     core = "float64" if dtype == "float64" else "float32"
 
-    # fmt: off
     @T.prim_func
     def forward(
-        x_: T.handle, g_: T.handle, b_: T.handle, rm_: T.handle, rv_: T.handle, mo_: T.handle,
-        y_: T.handle, m_: T.handle, i_: T.handle, nm_: T.handle, nv_: T.handle, req: T.int64,
+        x_: T.handle,
+        g_: T.handle,
+        b_: T.handle,
+        rm_: T.handle,
+        rv_: T.handle,
+        mo_: T.handle,
+        y_: T.handle,
+        m_: T.handle,
+        i_: T.handle,
+        nm_: T.handle,
+        nv_: T.handle,
+        req: T.int64,
     ):
         T.func_attr({"global_symbol": "forward", "tirx.noalias": False})
-        N = T.int64(); L = T.int64()
-        a = T.int64(); b = T.int64(); c = T.int64(); d = T.int64(); e = T.int64(); f = T.int64()
-        g = T.int64(); h = T.int64(); i = T.int64(); j = T.int64(); k = T.int64()
+        N = T.int64()
+        L = T.int64()
+        a = T.int64()
+        b = T.int64()
+        c = T.int64()
+        d = T.int64()
+        e = T.int64()
+        f = T.int64()
+        g = T.int64()
+        h = T.int64()
+        i = T.int64()
+        j = T.int64()
+        k = T.int64()
         X = T.match_buffer(x_, (N, 3, L), dtype, align=2)
         G = T.match_buffer(g_, (3,), dtype, align=2)
         B = T.match_buffer(b_, (3,), dtype, align=2)
@@ -75,17 +94,17 @@ def kernels(dtype: str) -> dict[str, Any]:
         MO = T.match_buffer(mo_, (), core, align=4)
         Y = T.match_buffer(y_, (a, b, c), dtype, align=2)
         M = T.match_buffer(m_, (d, e, f), core, align=4)
-        I = T.match_buffer(i_, (g, h, i), core, align=4)
+        S = T.match_buffer(i_, (g, h, i), core, align=4)
         NM = T.match_buffer(nm_, (j,), core, align=4)
         NV = T.match_buffer(nv_, (k,), core, align=4)
         if (req & 3) != 0:
             for n in range(N):
                 for ch in range(3):
-                    for l in range(L):
+                    for t in range(L):
                         if (req & 3) == 1:
-                            Y[n, ch, l] = X[n, ch, l] * G[ch] + B[ch]
+                            Y[n, ch, t] = X[n, ch, t] * G[ch] + B[ch]
                         else:
-                            Y[n, ch, l] = Y[n, ch, l] + X[n, ch, l] * G[ch] + B[ch]
+                            Y[n, ch, t] = Y[n, ch, t] + X[n, ch, t] * G[ch] + B[ch]
         if ((req >> 2) & 3) != 0:
             for n in range(N):
                 for ch in range(3):
@@ -93,7 +112,7 @@ def kernels(dtype: str) -> dict[str, Any]:
         if ((req >> 4) & 3) != 0:
             for n in range(N):
                 for ch in range(3):
-                    I[n, ch, 0] = T.Cast(core, X[n, ch, L - 1])
+                    S[n, ch, 0] = T.Cast(core, X[n, ch, L - 1])
         if ((req >> 6) & 3) != 0:
             for ch in range(3):
                 NM[ch] = RM[ch] + MO[()]
@@ -103,12 +122,20 @@ def kernels(dtype: str) -> dict[str, Any]:
 
     @T.prim_func
     def inference(
-        x_: T.handle, g_: T.handle, b_: T.handle, rm_: T.handle, rv_: T.handle, y_: T.handle,
+        x_: T.handle,
+        g_: T.handle,
+        b_: T.handle,
+        rm_: T.handle,
+        rv_: T.handle,
+        y_: T.handle,
         req: T.int64,
     ):
         T.func_attr({"global_symbol": "inference", "tirx.noalias": False})
-        N = T.int64(); L = T.int64()
-        a = T.int64(); b = T.int64(); c = T.int64()
+        N = T.int64()
+        L = T.int64()
+        a = T.int64()
+        b = T.int64()
+        c = T.int64()
         X = T.match_buffer(x_, (N, 3, L), dtype, align=2)
         G = T.match_buffer(g_, (3,), dtype, align=2)
         B = T.match_buffer(b_, (3,), dtype, align=2)
@@ -117,50 +144,62 @@ def kernels(dtype: str) -> dict[str, Any]:
         Y = T.match_buffer(y_, (a, b, c), dtype, align=2)
         for n in range(N):
             for ch in range(3):
-                for l in range(L):
+                for t in range(L):
                     if (req & 3) == 1:
-                        Y[n, ch, l] = X[n, ch, l] * G[ch] + B[ch] + T.Cast(dtype, RM[ch] * RV[ch])
-                    else:
-                        Y[n, ch, l] = Y[n, ch, l] + X[n, ch, l] * G[ch] + B[ch] + T.Cast(dtype, RM[ch] * RV[ch])
+                        Y[n, ch, t] = T.Cast(dtype, 0)
+                    Y[n, ch, t] = (
+                        Y[n, ch, t] + X[n, ch, t] * G[ch] + B[ch] + T.Cast(dtype, RM[ch] * RV[ch])
+                    )
 
     @T.prim_func
     def backward(
-        dy_: T.handle, x_: T.handle, g_: T.handle, unused_: T.handle, i_: T.handle,
-        dx_: T.handle, dg_: T.handle, db_: T.handle, req: T.int64,
+        dy_: T.handle,
+        x_: T.handle,
+        g_: T.handle,
+        unused_: T.handle,
+        i_: T.handle,
+        dx_: T.handle,
+        dg_: T.handle,
+        db_: T.handle,
+        req: T.int64,
     ):
         T.func_attr({"global_symbol": "backward", "tirx.noalias": False})
-        N = T.int64(); L = T.int64()
-        a = T.int64(); b = T.int64(); c = T.int64(); d = T.int64(); e = T.int64()
+        N = T.int64()
+        L = T.int64()
+        a = T.int64()
+        b = T.int64()
+        c = T.int64()
+        d = T.int64()
+        e = T.int64()
         DY = T.match_buffer(dy_, (N, 3, L), dtype, align=2)
         X = T.match_buffer(x_, (N, 3, L), dtype, align=2)
         G = T.match_buffer(g_, (3,), dtype, align=2)
-        I = T.match_buffer(i_, (N, 3, 1), core, align=4)
+        S = T.match_buffer(i_, (N, 3, 1), core, align=4)
         DX = T.match_buffer(dx_, (a, b, c), dtype, align=2)
         DG = T.match_buffer(dg_, (d,), dtype, align=2)
         DB = T.match_buffer(db_, (e,), dtype, align=2)
         if (req & 3) != 0:
             for n in range(N):
                 for ch in range(3):
-                    for l in range(L):
+                    for t in range(L):
                         if (req & 3) == 1:
-                            DX[n, ch, l] = DY[n, ch, l] * G[ch]
+                            DX[n, ch, t] = DY[n, ch, t] * G[ch]
                         else:
-                            DX[n, ch, l] = DX[n, ch, l] + DY[n, ch, l] * G[ch]
+                            DX[n, ch, t] = DX[n, ch, t] + DY[n, ch, t] * G[ch]
         if ((req >> 2) & 3) != 0:
             for ch in range(3):
                 if ((req >> 2) & 3) == 1:
                     DG[ch] = T.Cast(dtype, 0)
                 for n in range(N):
-                    for l in range(L):
-                        DG[ch] = DG[ch] + T.Cast(dtype, T.Cast(core, X[n, ch, l]) * I[n, ch, 0])
+                    for t in range(L):
+                        DG[ch] = DG[ch] + T.Cast(dtype, T.Cast(core, X[n, ch, t]) * S[n, ch, 0])
         if ((req >> 4) & 3) != 0:
             for ch in range(3):
                 if ((req >> 4) & 3) == 1:
                     DB[ch] = T.Cast(dtype, 0)
                 for n in range(N):
-                    for l in range(L):
-                        DB[ch] = DB[ch] + DY[n, ch, l]
-    # fmt: on
+                    for t in range(L):
+                        DB[ch] = DB[ch] + DY[n, ch, t]
 
     return {
         "forward": forward,

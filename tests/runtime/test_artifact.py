@@ -1,0 +1,338 @@
+"""Artifacts that are missing, damaged, too new, or for another machine: refused before loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tvm_ffi
+
+from normgraph.errors import (
+    AccuracyError,
+    ArtifactCorrupt,
+    ArtifactError,
+    ArtifactIncompatible,
+    ArtifactNotFound,
+)
+from normgraph.runtime import host, load
+
+Changed = Callable[..., Path]
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a library is about to be loaded."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the library was loaded")
+
+    monkeypatch.setattr(tvm_ffi, "load_module", refuse)
+
+
+def test_paths(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toy.artifact("float32")
+    monkeypatch.chdir(path.parent)
+    for spelling in (path, str(path), Path("float32"), "float32", "./float32/"):
+        assert load(spelling).kinds
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    assert load(link).kinds
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactNotFound, match="no such directory"):
+        load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing")
+    with pytest.raises(ArtifactNotFound, match=r"no manifest.json"):
+        load(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactNotFound, match="this is a file"):
+        load(tmp_path / "file")
+
+
+def _truncate(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def _cut_a_byte(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _append(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\n\0")
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("damage", [_truncate, _cut_a_byte, _flip, _append, _empty, Path.unlink])
+@pytest.mark.parametrize("pattern", ["manifest.json", "graph-*", "kernels-*", "selftest-*"])
+def test_damaged_files(changed: Changed, pattern: str, damage: Callable[[Path], None]) -> None:
+    path = changed()
+    (file,) = path.glob(pattern)
+    damage(file)
+    error = ArtifactNotFound if not file.exists() and "man" in pattern else ArtifactCorrupt
+    with pytest.raises(error) as caught:
+        load(path)
+    assert file.name in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def _set(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        if to is None:
+            del manifest[keys[-1]]
+        else:
+            manifest[keys[-1]] = to
+
+    return edit
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (_set("format", to="zip"), ArtifactCorrupt, "format 'normgraph-artifact'"),
+        (_set("format_version", to=2), ArtifactIncompatible, "version 2.*newer normgraph"),
+        (_set("format_version", to=0), ArtifactCorrupt, "does not exist"),
+        (_set("format_version", to="1"), ArtifactCorrupt, "'format_version' to be of type int"),
+        (_set("kinds", to=None), ArtifactCorrupt, "'kinds'.*nothing"),
+        (_set("kinds", to={}), ArtifactCorrupt, "holds no kinds"),
+        (_set("kinds", "forward", to=[]), ArtifactCorrupt, "expected an object"),
+        (_set("kinds", "forward", "function", to=None), ArtifactCorrupt, "'function'"),
+        (_set("kinds", "forward", "inputs", 0, "dtype", to="int8"), ArtifactCorrupt, "'int8'"),
+        (_set("kinds", "forward", "inputs", 0, "shape", to=[1.5]), ArtifactCorrupt, "no shape"),
+        (_set("kinds", "forward", "outputs", to="y"), ArtifactCorrupt, "'outputs'"),
+        (_set("kinds", "forward", "graph", "size", to=3), ArtifactCorrupt, "expected 3 bytes"),
+        (_set("kinds", "forward", "graph", "file", to="../x"), ArtifactCorrupt, "plain file name"),
+        (_set("kinds", "forward", "graph", "file", to="/x"), ArtifactCorrupt, "plain file name"),
+        (_set("libraries", to=[]), ArtifactIncompatible, "it has none"),
+        (_set("libraries", 0, "sha256", to="00"), ArtifactCorrupt, "sha256 differs"),
+        (_set("libraries", 0, "target", to="cpu"), ArtifactCorrupt, "'target'"),
+        (_set("libraries", 0, "target", "kind", to="cuda"), ArtifactIncompatible, "cuda devices"),
+        (
+            _set("libraries", 0, "target", "features", to=["sse2", "amx-magic"]),
+            ArtifactIncompatible,
+            "CPU features amx-magic",
+        ),
+        (
+            _set("libraries", 0, "target", "triple", to="riscv64-linux-gnu"),
+            ArtifactIncompatible,
+            "it is for riscv64",
+        ),
+        (
+            _set("libraries", 0, "target", "triple", to=f"{host.machine()}-windows-msvc"),
+            ArtifactIncompatible,
+            "runs Linux",
+        ),
+        (_set("spec", "op", to="power_norm"), ArtifactIncompatible, "does not know the artifact's"),
+        (_set("spec", "trend", to=1), ArtifactIncompatible, "unknown trend"),
+        (_set("dtype", to=3), ArtifactCorrupt, "'dtype'"),
+        (_set("self_test", "status", to=None), ArtifactCorrupt, "'status'"),
+        (_set("self_test", "cases", 0, "prefix", to=None), ArtifactCorrupt, "'prefix'"),
+        (_set("self_test", "cases", 0, "tolerance", "y", to="x"), ArtifactCorrupt, "tolerance of"),
+    ],
+)
+def test_manifest_fields(
+    changed: Changed, edit: Any, error: type[ArtifactError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load(changed(edit))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_manifest_that_was_edited_by_hand(changed: Changed) -> None:
+    path = changed()
+    file = path / "manifest.json"
+    file.write_text(file.read_text().replace('"by_hand"', '"by_mouth"'))
+    with pytest.raises(ArtifactCorrupt, match="its own digest"):
+        load(path)
+    file.write_text(json.dumps(json.loads(file.read_text())["kinds"]))
+    with pytest.raises(ArtifactCorrupt, match="it is none"):
+        load(path)
+    file.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ArtifactCorrupt, match="expected JSON"):
+        load(path)
+
+
+def test_a_missing_function(changed: Changed) -> None:
+    edit = _set("kinds", "forward", "function", to="onward")
+    with pytest.raises(ArtifactCorrupt, match="function 'onward' for forward"):
+        load(changed(edit))
+
+
+def test_the_system_s_loader_refuses(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("libc.so.6: version `GLIBC_9.9' not found")
+
+    monkeypatch.setattr(tvm_ffi, "load_module", refuse)
+    with pytest.raises(ArtifactIncompatible, match=r"refuses the library.*GLIBC_9\.9"):
+        load(changed())
+
+
+def test_a_build_that_replaces_the_artifact_while_it_is_opened(
+    changed: Changed, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old manifest was read, then it and its files were replaced: the new one is opened."""
+    path = changed(_set("kinds", "forward", "graph", "file", to="graph-stale.onnx"))
+    opened = Path.is_file
+
+    def is_file(file: Path) -> bool:
+        if file.name == "graph-stale.onnx":
+            shutil.copy(toy.artifact("float32") / "manifest.json", path / "manifest.json")
+        return opened(file)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert load(path).kinds
+
+
+def test_the_library_with_most_features_is_chosen(changed: Changed) -> None:
+    def edit(manifest: Any) -> None:
+        plain = manifest["libraries"][0]
+        for name, features in (("more", ["sse2", "sse3"]), ("most", ["sse2", "sse3", "magic"])):
+            target = {**plain["target"], "name": name, "features": features}
+            manifest["libraries"].append({**plain, "target": target})
+
+    assert "for more:" in repr(load(changed(edit)))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_unsupported_platforms(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        with pytest.raises(ArtifactIncompatible, match="run on Linux, but this is win32"):
+            load(toy.artifact("float32"))
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "OLDEST_PYTHON", (9, 9))
+        with pytest.raises(ArtifactIncompatible, match=r"needs Python 9\.9 or newer"):
+            load(toy.artifact("float32"))
+
+
+@pytest.mark.parametrize(
+    ("features", "flags", "missing"),
+    [
+        (["avx2", "sse4.1", "lzcnt", "bmi", "+fma"], "avx2 sse4_1 abm bmi1 fma", None),
+        (["avx512vnni", "avx512bw", "cx16"], "avx512_vnni avx512bw cx16", None),
+        (["avx512f", "avx2"], "avx2 fma", "avx512f"),
+        (["neon", "dotprod", "lse"], "fp asimd asimddp atomics", None),
+        (["sve"], "fp asimd", "sve"),
+    ],
+)
+def test_cpu_features(
+    monkeypatch: pytest.MonkeyPatch, features: list[str], flags: str, missing: str | None
+) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset(flags.split()))
+    found = host.obstacle("llvm", f"{host.machine()}-unknown-linux-gnu", features)
+    assert found is None if missing is None else missing in str(found)
+
+
+def test_self_test_runs_on_load_where_the_build_did_not(
+    changed: Changed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edit(manifest: Any) -> None:
+        manifest["self_test"]["cases"][2]["tolerance"]["dgamma"] = -1.0
+
+    path = changed(edit)
+    with pytest.raises(AccuracyError, match="backward gives a wrong dgamma on this host"):
+        load(path)
+    file = path / "manifest.json"
+    assert '"not run"' in file.read_text()
+
+
+def test_self_test_is_not_repeated(changed: Changed) -> None:
+    def edit(manifest: Any) -> None:
+        manifest["self_test"]["status"] = "passed"
+        manifest["self_test"]["cases"][2]["tolerance"]["dgamma"] = -1.0
+
+    op = load(changed(edit))
+    with pytest.raises(AccuracyError, match="wrong dgamma"):
+        op.self_test()
+
+
+def test_self_test_report(toy: Any) -> None:
+    results = toy.operator("float32").self_test()
+    assert {(item.kind, item.output) for item in results} >= {("backward", "dx"), ("forward", "y")}
+    assert all(item.error <= item.tolerance for item in results)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_self_test_of_other_dtypes(toy: Any, dtype: str) -> None:
+    assert toy.operator(dtype).self_test()
+
+
+def test_self_test_without_its_vectors(changed: Changed) -> None:
+    def edit(manifest: Any) -> None:
+        manifest["self_test"]["cases"][0]["prefix"] = "elsewhere.0"
+
+    with pytest.raises(ArtifactCorrupt, match=r"cannot be read or run.*elsewhere"):
+        load(changed(edit))
+
+
+_BARE = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tvm", "onnx", "onnxruntime", "torch", "ml_dtypes", "jax"}:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+import numpy as np
+import normgraph as ng
+
+op = ng.load(sys.argv[1])
+x = np.arange(30, dtype=np.float32).reshape(2, 3, 5)
+one = np.ones(3, np.float32)
+for _ in range(3):
+    y = op.inference(x, one, one, one, one)
+assert (y == x + 2).all()
+assert op.inference(x[:0], one, one, one, one).shape == (0, 3, 5)
+try:
+    op.inference(x[:, :2], one, one, one, one)
+except ng.NormGraphError:
+    pass
+else:
+    raise SystemExit("the wrong shape passed")
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"tvm", "onnx", "torch", "ml_dtypes"}, loaded
+assert "normgraph.graphs" not in sys.modules and "normgraph.compile" not in sys.modules
+print("fine")
+"""
+
+
+def test_numpy_and_tvm_ffi_are_enough(toy: Any, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BARE, str(toy.artifact("float32"))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        check=False,
+    )
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_the_manifest_is_left_as_it_was(toy: Any) -> None:
+    op = toy.operator("float32")
+    again = json.loads((toy.artifact("float32") / "manifest.json").read_text())
+    assert op.manifest == again
