@@ -32,32 +32,31 @@ def write_backward(f: Frame) -> None:
     dot_rows = f.sum("dot_rows", g.Mul("dot", dy, x_mu), layout.row_axes)
     if frozen:
         dot_sum = f.sum("dot_sum", dot_rows, layout.outer_axes)
-        dot_hat = g.Mul("dot_hat", dot_sum, inv_std)
+        dy_sum = f.sum("dy_sum", dy_rows, layout.outer_axes)
         g.Mul(f.result("dx"), dy, scale)
-        _write_parameters(f, f.sum("dy_sum", dy_rows, layout.outer_axes), dot_hat)
+        _write_parameters(f, dy_sum, g.Mul("dot_hat", dot_sum, inv_std))
         return
 
-    weighted_dy, weighted_dot = dy_rows, dot_rows
-    if layout.gamma_varies:
-        weighted_dy = g.Mul("g_rows", dy_rows, f.load("gamma"))
-        weighted_dot = g.Mul("g_dot_rows", dot_rows, f.load("gamma"))
-    dy_sum = f.sum("dy_sum", weighted_dy, layout.outer_axes)
-    dot_sum = f.sum("dot_sum", weighted_dot, layout.outer_axes)
+    # dmean sums the very product dx adds, so that at m = 1 they cancel exactly.
     count = f.count(inv_std)
+    direct = g.Mul("dx_direct", dy, scale)
+    g_rows, g_dot_rows = dy_rows, dot_rows
+    if layout.gamma_varies:
+        g_rows = g.Mul("g_rows", dy_rows, scale) if layout.row_axes else direct
+        g_dot_rows = g.Mul("g_dot_rows", dot_rows, scale)
+    dy_sum = f.sum("dy_sum", g_rows, layout.outer_axes)
+    dot_sum = f.sum("dot_sum", g_dot_rows, layout.outer_axes)
     delta = None
     if layout.centred:
         delta = g.Div("delta", f.stat_sum("x_mu_sum", x_mu, layout.row_axes), count.m)
         dot_sum = g.Sub("dot_centred", dot_sum, g.Mul("dot_shift", delta, dy_sum))
-    dot_hat = g.Mul("dot_hat", dot_sum, inv_std)
+    g_sum, g_dot = dy_sum, dot_sum
+    if not layout.gamma_varies:
+        g_sum, g_dot = g.Mul("g_sum", dy_sum, scale), g.Mul("g_dot", dot_sum, scale)
 
-    g_sum, g_dot = dy_sum, dot_hat
-    if f.spec.weight and not layout.gamma_varies:
-        g_sum = g.Mul("g_sum", dy_sum, f.load("gamma"))
-        g_dot = g.Mul("g_dot", dot_hat, f.load("gamma"))
     # inv_std a factor at a time: its cube alone may leave float32's range.
-    dvar = g.Mul("dvar", g.Mul("dot_var", g.Mul("dot_std", g_dot, inv_std), inv_std), -0.5)
+    dvar = g.Mul("dvar", g.Mul("g_dot_var", g.Mul("g_dot_std", g_dot, inv_std), inv_std), -0.5)
     twice = g.Mul("dvar_twice", dvar, 2.0)
-    direct = g.Mul("dx_direct", dy, scale)
     through_var = g.Mul("dx_var", x_mu, g.Div("dvar_share", twice, count.dof))
     if delta is None:
         f.expose("dvar", layout.stat_dims)
@@ -66,18 +65,18 @@ def write_backward(f: Frame) -> None:
         pull = g.Mul("dvar_delta", twice, delta)
         if count.ratio != 1:
             pull = g.Mul("dvar_delta_scaled", pull, count.ratio)
-        dmean = g.Sub("dmean", g.Neg("mean_direct", g.Mul("g_std", g_sum, inv_std)), pull)
+        dmean = g.Sub("dmean", g.Neg("mean_direct", g_sum), pull)
         for name in ("dvar", "dmean", "delta"):
             f.expose(name, layout.stat_dims)
         both = g.Add("dx_direct_var", direct, through_var)
         g.Add(f.result("dx"), both, g.Div("dmean_share", dmean, count.m))
 
     if layout.params_vary:
-        dy_sum = dy_rows
+        dy_sum, dot_sum = dy_rows, dot_rows
         if delta is not None:
-            dot_rows = g.Sub("dot_rows_centred", dot_rows, g.Mul("dot_rows_shift", dy_rows, delta))
-        dot_hat = g.Mul("dot_rows_hat", dot_rows, inv_std)
-    _write_parameters(f, dy_sum, dot_hat)
+            shift = g.Mul("dot_rows_shift", dy_rows, delta)
+            dot_sum = g.Sub("dot_rows_centred", dot_rows, shift)
+    _write_parameters(f, dy_sum, g.Mul("dot_hat", dot_sum, inv_std))
 
 
 def _frozen_inv_std(f: Frame) -> str:
