@@ -64,7 +64,6 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     not what was written, ArtifactIncompatible where it is sound but this host or this version
     cannot run it. Nothing of it has been loaded into the process by then.
     """
-    host.check_platform()
     root = Path(os.path.abspath(os.fspath(path)))
     manifest = _read_manifest(root)
     while True:

@@ -1,21 +1,15 @@
-"""Whether this machine can run a library: operating system, architecture and CPU features."""
+"""Whether this machine can run a library: its architecture and CPU features."""
 
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
-from normgraph.errors import ArtifactIncompatible
-
-OLDEST_PYTHON = (3, 10)
-
 # LLVM's feature names where the kernel's /proc/cpuinfo uses another one.
 _LINUX_NAMES = {
     "64bit": "lm",
-    "aes": "aes",
     "avx512bf16": "avx512_bf16",
     "avx512bitalg": "avx512_bitalg",
     "avx512fp16": "avx512_fp16",
@@ -36,7 +30,6 @@ _LINUX_NAMES = {
     "sse3": "pni",
     "x87": "fpu",
     # aarch64
-    "bf16": "bf16",
     "complxnum": "fcma",
     "crc": "crc32",
     "dotprod": "asimddp",
@@ -51,21 +44,6 @@ _LINUX_NAMES = {
 }
 
 _MACHINE_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
-
-
-def check_platform() -> None:
-    """Raise ArtifactIncompatible on an operating system or a Python that is not supported."""
-    if sys.version_info < OLDEST_PYTHON:
-        oldest = ".".join(str(part) for part in OLDEST_PYTHON)
-        raise ArtifactIncompatible(
-            f"normgraph needs Python {oldest} or newer, but this is Python"
-            f" {platform.python_version()}. Run it under a newer Python."
-        )
-    if not sys.platform.startswith("linux"):
-        raise ArtifactIncompatible(
-            f"normgraph artifacts run on Linux, but this is {sys.platform}. Run it on Linux, or in"
-            f" a Linux container or virtual machine."
-        )
 
 
 @lru_cache(maxsize=1)

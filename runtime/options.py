@@ -68,9 +68,11 @@ def select(
 ) -> Selection:
     """Resolve want and grad_req against the outputs of a kind; contradictions are refused."""
     kind, names = signature.kind, signature.output_names
-    everything = names if want is None else want
-    by_name = isinstance(grad_req, tuple)
-    given = dict(grad_req) if by_name else dict.fromkeys(everything, grad_req)
+    given: dict[str, str]
+    if isinstance(grad_req, str):
+        given = dict.fromkeys(names if want is None else want, grad_req)
+    else:
+        given = dict(grad_req)
     for name in (*(want or ()), *given):
         if name not in names:
             raise ArgumentTypeError(

@@ -57,7 +57,7 @@ def kernels(dtype: str) -> dict[str, Any]:
     """The kernels; `core` is the type of the statistics."""
     core = "float64" if dtype == "float64" else "float32"
 
-    @T.prim_func
+    @T.prim_func  # type: ignore[untyped-decorator]
     def forward(
         x_: T.handle,
         g_: T.handle,
@@ -71,7 +71,7 @@ def kernels(dtype: str) -> dict[str, Any]:
         nm_: T.handle,
         nv_: T.handle,
         req: T.int64,
-    ):
+    ) -> None:
         T.func_attr({"global_symbol": "forward", "tirx.noalias": False})
         N = T.int64()
         L = T.int64()
@@ -120,7 +120,7 @@ def kernels(dtype: str) -> dict[str, Any]:
             for ch in range(3):
                 NV[ch] = RV[ch] * MO[()]
 
-    @T.prim_func
+    @T.prim_func  # type: ignore[untyped-decorator]
     def inference(
         x_: T.handle,
         g_: T.handle,
@@ -129,7 +129,7 @@ def kernels(dtype: str) -> dict[str, Any]:
         rv_: T.handle,
         y_: T.handle,
         req: T.int64,
-    ):
+    ) -> None:
         T.func_attr({"global_symbol": "inference", "tirx.noalias": False})
         N = T.int64()
         L = T.int64()
@@ -151,7 +151,7 @@ def kernels(dtype: str) -> dict[str, Any]:
                         Y[n, ch, t] + X[n, ch, t] * G[ch] + B[ch] + T.Cast(dtype, RM[ch] * RV[ch])
                     )
 
-    @T.prim_func
+    @T.prim_func  # type: ignore[untyped-decorator]
     def backward(
         dy_: T.handle,
         x_: T.handle,
@@ -162,7 +162,7 @@ def kernels(dtype: str) -> dict[str, Any]:
         dg_: T.handle,
         db_: T.handle,
         req: T.int64,
-    ):
+    ) -> None:
         T.func_attr({"global_symbol": "backward", "tirx.noalias": False})
         N = T.int64()
         L = T.int64()

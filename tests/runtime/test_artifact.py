@@ -216,18 +216,6 @@ def test_the_library_with_most_features_is_chosen(changed: Changed) -> None:
     assert "for more:" in repr(load(changed(edit)))
 
 
-@pytest.mark.usefixtures("no_loading")
-def test_unsupported_platforms(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "platform", "win32")
-        with pytest.raises(ArtifactIncompatible, match="run on Linux, but this is win32"):
-            load(toy.artifact("float32"))
-    with monkeypatch.context() as patch:
-        patch.setattr(host, "OLDEST_PYTHON", (9, 9))
-        with pytest.raises(ArtifactIncompatible, match=r"needs Python 9\.9 or newer"):
-            load(toy.artifact("float32"))
-
-
 @pytest.mark.parametrize(
     ("features", "flags", "missing"),
     [

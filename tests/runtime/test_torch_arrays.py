@@ -59,7 +59,7 @@ def test_out_want_and_add(toy: Any, op: Any) -> None:
 def test_the_short_and_the_full_path_refuse_the_same(toy: Any, op: Any) -> None:
     x, *rest = _tensors(toy, "inference")
     leaf = x.clone().requires_grad_()
-    cases = [
+    cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         ((leaf, *rest), {}, ArgumentError, r"requires grad.*detach\(\).*torch.no_grad\(\)"),
         ((torch.nn.Parameter(x), *rest), {}, ArgumentError, "requires grad"),
         ((x.double(), *rest), {}, ArgumentTypeError, "x must be float32"),
