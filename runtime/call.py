@@ -110,6 +110,10 @@ class Call:
         with an argument; nothing has been written by then. Contradictions (out or "add" for what
         is not wanted, "null" for what is, "add" without out, nothing wanted) are refused.
         """
+        if copy is not True and copy is not False:
+            raise ArgumentTypeError(
+                f"{self.signature.kind}: copy must be True or False, but it is {copy!r}."
+            )
         if want is None and grad_req == "write":
             selection = self._every
         else:
@@ -202,13 +206,11 @@ class Call:
         arrays: tuple[Any, ...],
         selection: Selection,
         out: object,
-        copy: object,
+        copy: bool,
     ) -> Any:
         """The call with every check, which also knows how to say what is wrong."""
         signature, kind = self.signature, self.signature.kind
         given = check_out(signature, selection, out)
-        if not isinstance(copy, bool):
-            raise ArgumentTypeError(f"{kind}: copy must be True or False, but it is {copy!r}.")
         adapter = self._adapter(arrays, given)
         views = [
             self._input(adapter, spec, array)

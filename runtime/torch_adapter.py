@@ -24,22 +24,23 @@ def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
 def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
     if len(arrays) != len(dtypes):
         return None
-    shapes = []
-    for tensor, dtype in zip(arrays, dtypes):  # noqa: B905  # the lengths were compared above
-        if (
-            type(tensor) is not torch.Tensor
-            or tensor.dtype is not dtype
-            or tensor.layout is not torch.strided
-            or not tensor.is_cpu
-            or tensor.requires_grad
-            or tensor.is_nested
-            or tensor.is_neg()
-            or not tensor.is_contiguous()
-            or tensor.data_ptr() % tensor.itemsize
-        ):
-            return None
-        shapes.append(tensor.shape)
-    return tuple(shapes), False
+    try:
+        for tensor, dtype in zip(arrays, dtypes):  # noqa: B905  # the lengths were compared above
+            if (
+                type(tensor) is not torch.Tensor
+                or tensor.dtype is not dtype
+                or tensor.layout is not torch.strided
+                or not tensor.is_cpu
+                or tensor.requires_grad
+                or tensor.is_nested
+                or tensor.is_neg()
+                or not tensor.is_contiguous()
+                or tensor.data_ptr() % tensor.itemsize
+            ):
+                return None
+    except RuntimeError:  # tensors without memory, inside of function transforms
+        return None
+    return tuple([tensor.shape for tensor in arrays]), False
 
 
 def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:

@@ -96,6 +96,22 @@ def test_tensors_that_require_grad_where_grad_is_off(toy: Any, op: Any) -> None:
             assert not y.requires_grad
 
 
+def test_function_transforms_are_refused(toy: Any, op: Any) -> None:
+    x, *rest = _tensors(toy, "inference")
+    op.inference(x, *rest)
+
+    def call(tensor: Any) -> Any:
+        return op.inference(tensor, *rest)
+
+    with pytest.raises(ArgumentTypeError, match="no memory of its own"):
+        torch.func.vmap(call)(x[None])
+    with pytest.raises(ArgumentError, match="requires grad"):
+        torch.func.grad(lambda tensor: call(tensor).sum())(x)
+    nested = torch.nested.nested_tensor([x, x], layout=torch.jagged)
+    with pytest.raises(ArgumentTypeError, match="it is nested"):
+        call(nested)
+
+
 def test_strided_and_lazily_negated_tensors(toy: Any, op: Any) -> None:
     x, *rest = _tensors(toy, "inference")
     answer = toy.outputs("inference", toy.inputs("inference"))["y"]
