@@ -24,9 +24,8 @@ _PACKAGES = {
     "plot": ("matplotlib", "pillow"),
 }
 _TOOLS = {
-    "g++": ("linking kernels", ("g++", "c++", "clang++")),
-    "gcc": ("linking kernels", ("gcc", "cc", "clang")),
-    "aarch64 linker": ("--target aarch64 on another machine", ("aarch64-linux-gnu-g++",)),
+    "C compiler": ("compiling", (os.environ.get("CC") or "cc", "gcc", "clang")),
+    "aarch64 linker": ("linking for aarch64 on another machine", ("aarch64-linux-gnu-gcc",)),
 }
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "asimd", "asimdhp", "sve")
 

@@ -34,7 +34,7 @@ def test_doctor_says_what_to_do_about_a_missing_compiler(
     monkeypatch.setenv("PATH", "")
     code, out, _ = cli("doctor")
     assert code == 0
-    assert "install one of g++, c++, clang++" in out
+    assert "needed for compiling: install one of cc, gcc, clang" in out
 
 
 def test_a_table_aligns_numbers_to_the_right() -> None:
