@@ -137,9 +137,8 @@ def _verify(sub: argparse.ArgumentParser) -> None:
 
 def _bench(sub: argparse.ArgumentParser) -> None:
     _artifact(sub)
-    sub.add_argument(
-        "--shape", type=numeric_shape, required=True, metavar="8,64,56,56", help="of x"
-    )
+    sub.add_argument("--shape", type=numeric_shape, metavar="8,64,56,56", help="of x")
+    sub.add_argument("--kinds", type=names, metavar="forward,backward", help="only these")
     _json(sub)
 
 

@@ -23,7 +23,7 @@ PACKAGES = {
 # subpackage is the root package: the errors, NormSpec and the lazy public names.
 LAYERS = {
     "graphs": {"numpy", "onnx", "ml_dtypes", "normgraph"},
-    "compile": {"numpy", "onnx", "ml_dtypes", "tvm", "normgraph", "graphs", "runtime"},
+    "compile": {"numpy", "onnx", "ml_dtypes", "tvm", "tvm_ffi", "normgraph", "graphs"},
     "runtime": {"numpy", "tvm_ffi", "normgraph"},
 }
 ADAPTERS = {"torch_adapter.py": {"torch"}}
