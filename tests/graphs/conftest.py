@@ -48,9 +48,8 @@ class Case:
 
     @property
     def param_shape(self) -> tuple[int, ...]:
-        if self.channels_last:
-            return self.shape[-self.options.get("normalized_ndim", 1) :]
-        return (self.shape[1],)
+        k: int = self.options.get("normalized_ndim", 1)
+        return self.shape[-k:] if self.channels_last else (self.shape[1],)
 
     @property
     def stat_shape(self) -> tuple[int, ...]:
@@ -62,7 +61,7 @@ class Case:
             return (n, c, *ones)
         if self.op == "group_norm":
             return (n, self.options["groups"], 1, *ones)
-        k = self.options.get("normalized_ndim", 1)
+        k: int = self.options.get("normalized_ndim", 1)
         return self.shape[:-k] + (1,) * k
 
     def inputs(self, model: onnx.ModelProto, seed: int = 0, mean: float = 0.0) -> Arrays:

@@ -113,7 +113,7 @@ def test_old_value_and_population_variance(run_onnx: Any, op: str, convention: s
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
 def test_momentum_as_an_input(run_onnx: Any, op: str, convention: str) -> None:
     given = made_inputs()
-    options = {"track_running_stats": True, "convention": convention}
+    options: dict[str, Any] = {"track_running_stats": True, "convention": convention}
     fixed = run_kind(run_onnx, NormSpec(op, momentum=0.25, **options), "forward", given)
     free = run_kind(
         run_onnx,
@@ -146,7 +146,7 @@ def test_a_cumulative_average(run_onnx: Any, op: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"weight": False}, {"bias": False}])
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
 def test_inference_uses_the_running_statistics(
-    run_onnx: Any, op: str, options: dict[str, bool]
+    run_onnx: Any, op: str, options: dict[str, Any]
 ) -> None:
     torch = pytest.importorskip("torch")
     given = made_inputs()
@@ -167,7 +167,7 @@ def test_inference_is_one_scale_and_one_shift() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"weight": False}, {"bias": False}])
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
-def test_the_frozen_gradient_is_frozen(run_onnx: Any, op: str, options: dict[str, bool]) -> None:
+def test_the_frozen_gradient_is_frozen(run_onnx: Any, op: str, options: dict[str, Any]) -> None:
     """torch's gradient in eval mode, in which mean and variance are constants."""
     torch = pytest.importorskip("torch")
     given = made_inputs()
