@@ -178,6 +178,8 @@ def _choose(file: Path, libraries: list[Any]) -> int:
         obstacle = host.obstacle(
             _field(file, target, "kind", str), _field(file, target, "triple", str), features
         )
+        if obstacle is None and not _field(file, entry, "file", str).endswith(".so"):
+            obstacle = "it is an object file, still to be linked into a library"
         if obstacle is not None:
             obstacles.append(f"{_field(file, target, 'name', str)}: {obstacle}")
         elif len(features) > most:

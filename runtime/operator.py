@@ -40,13 +40,19 @@ class Operator:
 
     def __init__(self, artifact: Artifact, calls: Mapping[str, Call]) -> None:
         self._artifact = artifact
-        self._calls = dict(calls)
-        self.__dict__.update((kind, calls[kind]) for kind in KINDS if kind in calls)
+        # A manifest's objects are not in a meaningful order; the table of kinds is.
+        known = [kind for kind in KINDS if kind in calls]
+        self._calls = {kind: calls[kind] for kind in dict.fromkeys((*known, *calls))}
+        self.__dict__.update((kind, calls[kind]) for kind in known)
 
     def __getattr__(self, name: str) -> Any:
         if name in KINDS:
             raise self._lacks(name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its path: another process loads the artifact that is there then."""
+        return load, (str(self._artifact.path),)
 
     def __repr__(self) -> str:
         shape = ", ".join(str(dim) for dim in self.shape)

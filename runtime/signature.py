@@ -67,7 +67,7 @@ class Signature:
             if isinstance(dim, int):
                 if extent != dim:
                     raise ArgumentError(
-                        f"{self.kind}: {spec.name} must have {dim} elements along axis {axis}"
+                        f"{self.kind}: {spec.name} must have extent {dim} along axis {axis}"
                         f" ({spec}), but its shape is {shape}. Pass that shape, or build an"
                         f" artifact for the other extent."
                     )
@@ -75,7 +75,7 @@ class Signature:
             known, owner = dims.setdefault(dim, (extent, spec.name))
             if extent != known:
                 raise ArgumentError(
-                    f"{self.kind}: {spec.name} must have {dim} = {known} elements along axis"
-                    f" {axis}, as {owner} has, but its shape is {shape} ({spec}). Pass arrays"
-                    f" that belong together."
+                    f"{self.kind}: {spec.name} must have {dim} = {known} along axis {axis}, as"
+                    f" {owner} has, but its shape is {shape} ({spec}). Pass arrays that belong"
+                    f" together."
                 )

@@ -22,6 +22,7 @@ from normgraph.errors import (
     ArtifactNotFound,
 )
 from normgraph.runtime import host, load
+from normgraph.runtime.artifact import manifest_digest
 
 Changed = Callable[..., Path]
 
@@ -204,6 +205,19 @@ def test_a_build_that_replaces_the_artifact_while_it_is_opened(
 
     monkeypatch.setattr(Path, "is_file", is_file)
     assert load(path).kinds
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_an_object_file_is_no_library(changed: Changed) -> None:
+    path = changed()
+    (library,) = path.glob("kernels-*")
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["libraries"][0]["file"] = library.rename(library.with_suffix(".o")).name
+    manifest["digest"] = manifest_digest(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactIncompatible, match="object file"):
+        load(path)
 
 
 def test_the_library_with_most_features_is_chosen(changed: Changed) -> None:

@@ -234,6 +234,14 @@ def test_what_an_operator_says_of_itself(op: Any) -> None:
     assert "inference(x: float32[N, 3, L]" in repr(op.inference)
 
 
+def test_an_operator_pickles_as_its_path(op: Any, toy: Any) -> None:
+    again = pickle.loads(pickle.dumps(op))
+    assert again is not op
+    assert repr(again) == repr(op)
+    inputs = toy.inputs("inference")
+    np.testing.assert_array_equal(again.inference(*inputs), op.inference(*inputs))
+
+
 def test_many_shapes_do_not_accumulate(op: Any, toy: Any) -> None:
     rest = toy.inputs("inference")[1:]
     for length in range(1, 1200):
