@@ -122,13 +122,9 @@ def resolve_layout(spec: NormSpec, shape: str | Iterable[object], dtype: str) ->
     _check_rank(spec, parsed)
     letters = axis_letters(spec, len(parsed), inside=False)
     has_params = spec.weight or bool(spec.bias)
-    fixed = ""
-    if has_params or spec.track_running_stats:
-        fixed = "c" if "c" in letters else "d"
-    if spec.groups is not None:
-        fixed = "c"
-    for axis in axes_of(letters, fixed):
-        if isinstance(parsed[axis], str):
+    carries = has_params or spec.track_running_stats or spec.groups is not None
+    for axis in axes_of(letters, "cd"):
+        if carries and isinstance(parsed[axis], str):
             why = "groups split it" if spec.groups is not None else "parameters vary along it"
             raise SpecError(
                 f"shape: expected an int at axis {axis} of {spec.op}, because {why}; "
