@@ -1,0 +1,222 @@
+"""`build`: a directory of exported graphs to an artifact."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from normgraph import __version__
+from normgraph.compile import link, pipeline, self_test, vectors
+from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, Writer, writing
+from normgraph.compile.targets import Target, resolve
+from normgraph.compile.vectors import Case, Port
+from normgraph.errors import ArtifactNotFound, CompileError
+from normgraph.spec import NormSpec
+
+_DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.DOUBLE: "float64",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class _Graph:
+    kind: str
+    model: onnx.ModelProto
+    content: bytes
+    meta: Mapping[str, str]
+    inputs: list[Port]
+    outputs: list[Port]
+
+
+def build(
+    src: str | os.PathLike[str],
+    target: str = "cpu",
+    out: str | os.PathLike[str] = "build/artifact",
+    *,
+    debug_dump: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+    self_test: bool = True,
+) -> Path:
+    """Compile a directory of exported graphs into an artifact directory; returns its path.
+
+    src: holds `<kind>.onnx` files from `graphs.export`, all of one spec, shape and dtype.
+    target: a name from `targets()`, or a CPU as LLVM names it.
+    out: the artifact's directory; an artifact that is there is replaced in one step.
+    debug_dump: a directory for the IR after each step. progress: called with a line per step.
+    self_test: run the kernels on vectors with float64 answers before anything is written, where
+    this machine can run the target; the vectors travel with the artifact. False leaves them out.
+
+    Raises ArtifactNotFound where src has no graphs; TargetError for an unknown target; ToolMissing
+    without a C compiler; CompileError where a graph does not compile, was not exported by
+    normgraph, gives wrong results, or where out cannot be written.
+    """
+    say = progress or (lambda message: None)
+    goal = resolve(target)
+    graphs = _read(Path(src))
+    spec = NormSpec.from_dict(json.loads(graphs[0].meta["normgraph.spec"]))
+    dump = pipeline.Dump(None if debug_dump is None else Path(debug_dump))
+    scheduled = {}
+    for graph in graphs:
+        say(f"{graph.kind}: schedule for {goal.name}")
+        scheduled[graph.kind] = pipeline.schedule(graph.kind, graph.model, goal, dump, say)
+    with tempfile.TemporaryDirectory(prefix="normgraph-") as folder:
+        say("generate code and link")
+        binary = _library(scheduled, goal, Path(folder), dump)
+        cases = _cases(spec, graphs) if self_test else []
+        status = "not run"
+        if cases and goal.runs_here and binary.suffix == ".so":
+            say("self-test")
+            _check(binary, cases, graphs)
+            status = "passed"
+        content = binary.read_bytes()
+    with writing(Path(out)) as writer:
+        _write(writer, graphs, scheduled, goal, binary.suffix, content, cases, status)
+    say(f"wrote {out}")
+    return Path(out)
+
+
+def _read(src: Path) -> list[_Graph]:
+    files = sorted(src.glob("*.onnx")) if src.is_dir() else []
+    if not files:
+        raise ArtifactNotFound(
+            f"{src}: expected a directory with <kind>.onnx files, and there are none. Write them "
+            "with `normgraph export` or normgraph.graphs.export."
+        )
+    graphs = [_graph(file) for file in files]
+    first = graphs[0]
+    for graph in graphs[1:]:
+        for key in ("normgraph.spec", "normgraph.shape", "normgraph.dtype"):
+            if graph.meta[key] != first.meta[key]:
+                raise CompileError(
+                    f"{src}: {graph.kind}.onnx and {first.kind}.onnx differ in {key}: "
+                    f"{graph.meta[key]} and {first.meta[key]}. One artifact holds the kinds of one "
+                    "export; export each into a directory of its own."
+                )
+    return graphs
+
+
+def _graph(file: Path) -> _Graph:
+    content = file.read_bytes()
+    try:
+        model = onnx.load_model_from_string(content)
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise CompileError(
+            f"{file}: expected an ONNX model, and it is not a valid one: {error}. Export it again."
+        ) from error
+    meta = {entry.key: entry.value for entry in model.metadata_props}
+    missing = [k for k in ("spec", "kind", "shape", "dtype") if f"normgraph.{k}" not in meta]
+    if missing:
+        raise CompileError(
+            f"{file}: expected a graph that normgraph exported, and its metadata lacks normgraph."
+            f"{missing[0]}. Export it with `normgraph export` or normgraph.graphs.export."
+        )
+    inputs = [_port(value) for value in model.graph.input]
+    outputs = [_port(value) for value in model.graph.output]
+    return _Graph(meta["normgraph.kind"], model, content, meta, inputs, outputs)
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    dims = [d.dim_param if d.HasField("dim_param") else int(d.dim_value) for d in tensor.shape.dim]
+    return Port(value.name, _DTYPES[tensor.elem_type], tuple(dims))
+
+
+def _library(
+    scheduled: Mapping[str, pipeline.Scheduled], target: Target, folder: Path, dump: pipeline.Dump
+) -> Path:
+    """The linked library, or the object file where the target's linker is not here."""
+    object_file = folder / "kernels.o"
+    pipeline.generate(scheduled, target, object_file, dump)
+    library = folder / "kernels.so"
+    return library if link.link(object_file, library, target) else object_file
+
+
+def _cases(spec: NormSpec, graphs: Sequence[_Graph]) -> list[Case]:
+    return [c for g in graphs for c in vectors.cases(spec, g.kind, g.inputs, g.outputs)]
+
+
+def _check(library: Path, cases: Sequence[Case], graphs: Sequence[_Graph]) -> None:
+    self_test.run(library, cases, {graph.kind: graph.outputs for graph in graphs})
+
+
+def _write(
+    writer: Writer,
+    graphs: Sequence[_Graph],
+    scheduled: Mapping[str, pipeline.Scheduled],
+    target: Target,
+    suffix: str,
+    library: bytes,
+    cases: Sequence[Case],
+    status: str,
+) -> None:
+    kinds = {
+        graph.kind: {
+            "function": graph.kind,
+            "graph": writer.add(f"graph-{graph.kind}", ".onnx", graph.content),
+            "inputs": [_entry(port) for port in graph.inputs],
+            "outputs": [_entry(port) for port in graph.outputs],
+            "rule": scheduled[graph.kind].rule,
+        }
+        for graph in graphs
+    }
+    described = {
+        "name": target.name,
+        "kind": target.kind,
+        "triple": target.triple,
+        "mcpu": target.mcpu,
+        "features": list(target.features),
+    }
+    meta = graphs[0].meta
+    writer.commit(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "normgraph_version": __version__,
+            "spec": json.loads(meta["normgraph.spec"]),
+            "shape": json.loads(meta["normgraph.shape"]),
+            "dtype": meta["normgraph.dtype"],
+            "kinds": kinds,
+            "libraries": [
+                {
+                    **writer.add(f"kernels-{target.name}", suffix, library),
+                    "form": "library" if suffix == ".so" else "object",
+                    "target": described,
+                }
+            ],
+            "self_test": {
+                **writer.add("selftest", ".npz", _vectors(cases)),
+                "status": status,
+                "cases": [case.entry() for case in cases],
+            },
+            "versions": {
+                "tvm": version("apache-tvm"),
+                "tvm_ffi": version("apache-tvm-ffi"),
+                "onnx": onnx.__version__,
+            },
+        }
+    )
+
+
+def _entry(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "dtype": port.dtype, "shape": list(port.shape)}
+
+
+def _vectors(cases: Sequence[Case]) -> bytes:
+    stored = {key: array for case in cases for key, array in case.stored.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **stored)  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -1,0 +1,48 @@
+"""From scheduled PrimFuncs to machine code: steps 7 and 8 of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.tirx.compilation_pipeline import finalize_device_passes, finalize_host_passes
+
+_PIPELINE = "normgraph"
+
+
+def lowering_passes() -> list[Any]:
+    """What turns loops over buffers into a packed function on flat memory.
+
+    TVM's own list for scheduled functions is not used: its HoistIfThenElse drops the first branch
+    of an if/else chain in a parallel loop. StmtSimplify is left out because it folds x - x to 0,
+    which it is not for infinities and NaN; common subexpressions are left to LLVM.
+    """
+    return [
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.UnrollLoop(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+        tirx.transform.BF16StorageLegalize(),
+    ]
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    passes = tvm.ir.transform.Sequential(lowering_passes())
+    return passes, finalize_host_passes, finalize_device_passes
+
+
+def generate(functions: Mapping[str, Any], target: Any) -> Any:
+    """One TVM runtime module with the functions under their names, compiled by LLVM."""
+    tirx.register_tir_pipeline(_PIPELINE, _pipeline)
+    named = {
+        name: func.with_attr("global_symbol", name).with_attr("tirx.is_entry_func", False)
+        for name, func in functions.items()
+    }
+    return tirx.build(tvm.IRModule(named), target=target, pipeline=_PIPELINE)

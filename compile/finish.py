@@ -1,0 +1,159 @@
+"""The end of a kernel: outputs that combine the results of all slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+
+from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.slice_plan import Step, distinct
+from normgraph.compile.tensor_program import Load, Tensor, loads
+from normgraph.compile.tir import (
+    Expr,
+    Stmt,
+    bind,
+    constant,
+    i64,
+    loop,
+    nest,
+    plus,
+    seq,
+    times,
+    when,
+    zero,
+)
+
+
+class Finish:
+    """Writes each remaining output in runs of `lanes` elements, sums innermost-contiguous."""
+
+    def __init__(self, frame: Frame, lanes: int) -> None:
+        self.frame = frame
+        self.plan = frame.plan
+        self.extents = frame.program.extents
+        self.lanes = lanes
+
+    def emit(self) -> Stmt | None:
+        return seq([self._output(step) for step in self.plan.finish]) if self.plan.finish else None
+
+    def _output(self, step: Step) -> Stmt:
+        index = self.frame.output_of(step)
+        return when(self.frame.any_of([index]), self._runs(step))
+
+    def _runs(self, step: Step) -> Stmt:
+        axes = sorted(step.op.out.axes)
+        if not axes:
+            return self._run(step, Position(), None, 1)
+        *outer, last = axes
+
+        def along(index: list[Expr]) -> Stmt:
+            at = Position(dict(zip(outer, index, strict=True)))
+            stmts: list[Stmt] = []
+            length = self.extents[last]
+            known = constant(length)
+            lanes = i64(self.lanes)
+            runs = i64(known // self.lanes) if known is not None else tirx.FloorDiv(length, lanes)
+            runs = bind("runs", runs, stmts)
+            done = bind("done", times(runs, lanes), stmts)
+            rest = tirx.Sub(length, done)
+            if constant(runs) != 0:
+                stmts.append(
+                    loop(
+                        runs,
+                        lambda r: self._run(step, at, (last, times(r, lanes)), self.lanes),
+                        name="run",
+                    )
+                )
+            if known is None or known % self.lanes:
+                stmts.append(
+                    loop(rest, lambda r: self._run(step, at, (last, plus(done, r)), 1), name="rest")
+                )
+            return seq(stmts)
+
+        return nest([(f"o{a}", self.extents[a]) for a in outer], along)
+
+    def _run(self, step: Step, at: Position, run: tuple[int, Expr] | None, width: int) -> Stmt:
+        """`width` neighbouring elements: their sums, then the output."""
+        value = Load(step.op.out) if step.is_sum else step.value
+        sums = [t for t in distinct(loads(value)) if t in self.plan.finish_sums]
+        stmts: list[Stmt] = []
+        totals: dict[Tensor, Any] = {}
+        for tensor in sums:
+            buffer = tirx.decl_buffer((width,), tensor.dtype, f"{tensor.name}_sum", scope="global")
+            totals[tensor] = buffer
+            none = zero(tensor.dtype)
+            stmts.append(tirx.AllocBuffer(buffer))
+            stmts.append(_lanes(width, lambda v, b=buffer, z=none: tirx.BufferStore(b, z, [v])))
+            stmts.append(self._accumulate(self.plan.finish_sums[tensor], at, run, buffer, width))
+
+        def element(lane: Expr) -> Stmt:
+            here = _shift(at, run, lane)
+
+            def read(tensor: Tensor) -> Expr:
+                if tensor in totals:
+                    return tirx.BufferLoad(totals[tensor], [lane])
+                return self.frame.load(tensor, offset(tensor, here, self.extents))
+
+            out = step.op.out
+            place = offset(out, here, self.extents)
+            return self.frame.write_output(step, evaluate(value, read), place), (
+                self.frame.add_output(step, evaluate(value, read), place)
+            )
+
+        index = self.frame.output_of(step)
+        write = _lanes(width, lambda v: element(v)[0])
+        add = _lanes(width, lambda v: element(v)[1])
+        stmts.append(when(self.frame.is_write(index), write, add))
+        return seq(stmts)
+
+    def _accumulate(
+        self, step: Step, at: Position, run: tuple[int, Expr] | None, buffer: Any, width: int
+    ) -> Stmt:
+        tensor = step.op.out
+        if tensor in self.frame.partials:
+            partial = self.frame.partials[tensor]
+            size = element_count(tensor)
+            ranges = tirx.FloorDiv(partial.shape[0], size)
+            count = constant(partial.shape[0])
+            n = i64(count // constant(size)) if count is not None else ranges  # type: ignore[operator]
+
+            def add_range(chunk: Expr) -> Stmt:
+                def one(lane: Expr) -> Stmt:
+                    here = offset(tensor, _shift(at, run, lane), self.extents)
+                    value = tirx.BufferLoad(partial, [plus(times(chunk, size), here)])
+                    return _grow(buffer, lane, value)
+
+                return _lanes(width, one)
+
+            return loop(n, add_range, name="range")
+        axes = sorted(step.op.reduce)
+
+        def add_slice(index: list[Expr]) -> Stmt:
+            inner = at.at(dict(zip(axes, index, strict=True)))
+
+            def one(lane: Expr) -> Stmt:
+                here = _shift(inner, run, lane)
+                value = evaluate(
+                    step.value, lambda t: self.frame.load(t, offset(t, here, self.extents))
+                )
+                return _grow(buffer, lane, value)
+
+            return _lanes(width, one)
+
+        return nest([(f"k{a}", self.extents[a]) for a in axes], add_slice)
+
+
+def _shift(at: Position, run: tuple[int, Expr] | None, lane: Expr) -> Position:
+    return at if run is None else at.at({run[0]: plus(run[1], lane)})
+
+
+def _grow(buffer: Any, lane: Expr, value: Expr) -> Stmt:
+    return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [lane]), value), [lane])
+
+
+def _lanes(width: int, one: Any) -> Stmt:
+    if width == 1:
+        return one(i64(0))
+    return loop(i64(width), one, name="lane", kind="vectorized")

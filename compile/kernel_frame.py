@@ -1,0 +1,204 @@
+"""What surrounds the loops of a kernel: its signature, its memory and the callers' requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Call, TensorLoad
+
+from normgraph.compile.addressing import element_count
+from normgraph.compile.slice_plan import SlicePlan, Step
+from normgraph.compile.tensor_program import Tensor
+from normgraph.compile.tir import (
+    Expr,
+    Stmt,
+    bind,
+    both,
+    demand,
+    either,
+    i64,
+    loop,
+    seq,
+    times,
+    when,
+    zero,
+)
+
+NULL, WRITE, ADD = 0, 1, 2
+
+
+class Frame:
+    """Opens and closes the function and gives access to every tensor as flat memory.
+
+    The function takes the graph's inputs and outputs as DLTensors and then `req`, an int64 with two
+    bits for each output: 0 null, 1 write, 2 add. Shapes are checked on entry; an output whose
+    request is null may be any compact tensor of its rank and dtype and is not touched.
+    """
+
+    def __init__(self, plan: SlicePlan, outputs: Sequence[str], partials: int) -> None:
+        self.plan = plan
+        self.program = plan.program
+        self.func = self.program.func
+        self.output_names = outputs
+        self.n_outputs = len(outputs)
+        self.req = tirx.Var("req", "int64")
+        self.requests: list[Expr] = []
+        self.flat: dict[Tensor, Any] = {}
+        self.workspaces: dict[Tensor, Any] = {
+            t: _workspace(t, element_count(t)) for t in plan.stored
+        }
+        self.partials: dict[Tensor, Any] = {
+            s.op.out: _workspace(s.op.out, times(i64(partials), element_count(s.op.out)))
+            for s in plan.column_sums
+        }
+        self.params: list[Any] = []
+        self.scalars: dict[Any, Expr] = {}
+
+    # The function.
+
+    def open(self) -> list[Stmt]:
+        stmts: list[Stmt] = []
+        n_inputs = len(self.func.params) - self.n_outputs
+        by_param: dict[int | None, Tensor] = {t.input_index: t for t in self.program.inputs}
+        for tensor in self.program.outputs:
+            assert tensor.output_index is not None
+            by_param[n_inputs + tensor.output_index] = tensor
+        checks: list[Stmt] = []
+        for k in range(self.n_outputs):
+            mode = tirx.BitwiseAnd(tirx.shift_right(self.req, i64(2 * k)), i64(3))
+            self.requests.append(bind(f"request{k}", mode, stmts))
+        for index, param in enumerate(self.func.params):
+            shape, name = param.shape, param.name
+            if index >= n_inputs:
+                name = self.output_names[index - n_inputs]
+                # Sizes of its own: a null output may be a placeholder of any size.
+                shape = [tirx.Var(f"{name}_{i}", "int64") for i in range(len(shape))]
+                fits = [tirx.EQ(own, want) for own, want in zip(shape, param.shape, strict=True)]
+                if fits:
+                    unused = tirx.EQ(self.requests[index - n_inputs], i64(NULL))
+                    message = f"{name} does not have the shape the inputs give"
+                    checks.append(demand(tirx.Or(unused, both(fits)), message))
+            own = tirx.decl_buffer(shape, param.dtype, name, data_alignment=item_size(param.dtype))
+            self.params.append(own)
+            if len(param.shape) == 0:
+                self.scalars[param] = tirx.BufferLoad(own, [])
+            shown = by_param.get(index)
+            if shown is not None:
+                size = element_count(shown)
+                view = tirx.decl_buffer(
+                    (size,),
+                    param.dtype,
+                    f"{name}_flat",
+                    data=own.data,
+                    data_alignment=item_size(param.dtype),
+                )
+                stmts.append(tirx.DeclBuffer(view, data=own.data))
+                self.flat[shown] = view
+        stmts[self.n_outputs : self.n_outputs] = checks
+        for variable, value in self.program.scalars:
+            stmts.append(tirx.Bind(variable, self._with_own_params(value)))
+        stmts.extend(tirx.AllocBuffer(b) for b in self.workspaces.values())
+        stmts.extend(tirx.AllocBuffer(b) for b in self.partials.values())
+        return stmts
+
+    def _with_own_params(self, value: Expr) -> Expr:
+        return replace_scalars(value, self.scalars)
+
+    def close(self, body: Stmt) -> Any:
+        return tirx.PrimFunc([*self.params, self.req], body).with_attr("tirx.noalias", False)
+
+    # Requests.
+
+    def output_of(self, step: Step) -> int:
+        index = step.op.out.output_index
+        assert index is not None
+        return index
+
+    def any_of(self, outputs: Iterable[int]) -> Expr | None:
+        """Whether any of these outputs is wanted; None where that is certain."""
+        wanted = sorted(outputs)
+        if len(wanted) == self.n_outputs and self.n_outputs > 1:
+            return None
+        return either([tirx.NE(self.requests[k], i64(NULL)) for k in wanted])
+
+    def is_write(self, output: int) -> Expr:
+        return tirx.EQ(self.requests[output], i64(WRITE))
+
+    def is_add(self, output: int) -> Expr:
+        return tirx.EQ(self.requests[output], i64(ADD))
+
+    # Memory.
+
+    def load(self, tensor: Tensor, at: Expr) -> Expr:
+        buffer = self.workspaces[tensor] if tensor in self.workspaces else self.flat[tensor]
+        return tirx.BufferLoad(buffer, [at])
+
+    def store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
+        return tirx.BufferStore(self.workspaces[tensor], value, [at])
+
+    def write_output(self, step: Step, value: Expr, at: Expr) -> Stmt:
+        return tirx.BufferStore(self.flat[step.op.out], value, [at])
+
+    def add_output(self, step: Step, value: Expr, at: Expr) -> Stmt:
+        buffer = self.flat[step.op.out]
+        return tirx.BufferStore(buffer, rounded_sum(tirx.BufferLoad(buffer, [at]), value), [at])
+
+    def request_store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
+        """Store or add to a small output as asked."""
+        assert tensor.output_index is not None
+        buffer = self.flat[tensor]
+        add = tirx.BufferStore(buffer, rounded_sum(tirx.BufferLoad(buffer, [at]), value), [at])
+        otherwise = when(self.is_add(tensor.output_index), add)
+        write = tirx.BufferStore(buffer, value, [at])
+        return when(self.is_write(tensor.output_index), write, otherwise)
+
+    def clear_partials(self, chunk: Expr) -> Stmt:
+        stmts = []
+        for tensor, buffer in self.partials.items():
+            stmts.append(_clear(buffer, tensor, chunk))
+        return seq(stmts)
+
+
+def replace_scalars(value: Expr, scalars: dict[Any, Expr]) -> Expr:
+    """`value` with reads of 0-d inputs made from the function's own parameters."""
+    if isinstance(value, TensorLoad):
+        return scalars[value.source]
+    if isinstance(value, tirx.Cast):
+        return tirx.Cast(str(value.ty.dtype), replace_scalars(value.value, scalars))
+    if isinstance(value, Call):
+        args = [replace_scalars(arg, scalars) for arg in value.args]
+        return Call(value.op, args, ret_ty=value.ty)
+    if isinstance(value, tirx.Not):
+        return tirx.Not(replace_scalars(value.a, scalars))
+    if hasattr(value, "a") and hasattr(value, "b"):
+        return type(value)(replace_scalars(value.a, scalars), replace_scalars(value.b, scalars))
+    return value
+
+
+def _clear(buffer: Any, tensor: Tensor, chunk: Expr) -> Stmt:
+    size = element_count(tensor)
+    none = zero(tensor.dtype)
+    return loop(
+        size,
+        lambda i: tirx.BufferStore(buffer, none, [tirx.Add(times(chunk, size), i)]),
+        name="clear",
+    )
+
+
+def rounded_sum(old: Expr, value: Expr) -> Expr:
+    """old + value, rounded once where the value was just rounded to a half type."""
+    if isinstance(value, tirx.Cast) and str(value.ty.dtype) in ("float16", "bfloat16"):
+        wide = str(value.value.ty.dtype)
+        return tirx.Cast(str(value.ty.dtype), tirx.Add(tirx.Cast(wide, old), value.value))
+    return tirx.Add(old, value)
+
+
+def _workspace(tensor: Tensor, size: Expr) -> Any:
+    return tirx.decl_buffer((size,), tensor.dtype, f"{tensor.name}_all", scope="global")
+
+
+def item_size(dtype: Any) -> int:
+    """Bytes of an element, which is all the alignment that kernels ask of a pointer."""
+    return {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[str(dtype)]

@@ -1,0 +1,142 @@
+"""One row: contiguous elements read once, for all sums and outputs of a pass together.
+
+The row is done in vectors of several registers, then single vectors, then single elements, so that
+any length works without masks. A sum keeps one accumulator a lane and adds the lanes pairwise at
+the end: exact order for any length, no reassociation left to the compiler, and an error that grows
+with length / lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, loop, plus, seq, times, zero
+
+# A value or a store at element `index` of the row.
+At = Callable[[Expr], Expr]
+
+
+@dataclass
+class RowSum:
+    """Add `value` over the row; `take` receives the total."""
+
+    value: At
+    take: Callable[[Expr], Stmt]
+    dtype: str
+
+
+@dataclass
+class RowStore:
+    """Run a store for each element of the row."""
+
+    store: Callable[[Expr], Stmt]
+
+
+def row(
+    length: Expr, sums: list[RowSum], stores: list[RowStore], *, lanes: int, unroll: int
+) -> Stmt:
+    """The statement that does one row of `length` elements.
+
+    lanes: elements of one vector register. unroll: registers used side by side for each sum.
+    """
+    body: list[Stmt] = []
+    wide = lanes * unroll
+    accumulators = [_Accumulator(s, wide, lanes) for s in sums]
+    for acc in accumulators:
+        body.extend(acc.start())
+
+    def at(index: Expr, part: str, lane: Expr) -> Stmt:
+        added = [acc.add(part, lane, index) for acc in accumulators]
+        return seq([*added, *(s.store(index) for s in stores)])
+
+    def vectors(start: Expr, count: Expr, width: int, name: str) -> Stmt:
+        def one(block: Expr) -> Stmt:
+            base = plus(start, times(block, i64(width)))
+            return loop(
+                i64(width),
+                lambda lane: at(plus(base, lane), "vector", lane),
+                name="lane",
+                kind="vectorized",
+            )
+
+        return loop(count, one, name=name)
+
+    n_wide = bind("n_wide", _floordiv(length, wide), body)
+    done = bind("done_wide", times(n_wide, i64(wide)), body)
+    if constant(n_wide) != 0:
+        body.append(vectors(i64(0), n_wide, wide, "block"))
+    if unroll > 1:
+        n_single = bind("n_single", _floordiv(_minus(length, done), lanes), body)
+        if constant(n_single) != 0:
+            body.append(vectors(done, n_single, lanes, "vector"))
+        done = bind("done", plus(done, times(n_single, i64(lanes))), body)
+    rest = _minus(length, done)
+    if constant(rest) != 0:
+        body.append(loop(rest, lambda k: at(plus(done, k), "rest", k), name="rest"))
+    for acc in accumulators:
+        body.extend(acc.finish())
+    return seq(body)
+
+
+class _Accumulator:
+    def __init__(self, row_sum: RowSum, wide: int, lanes: int) -> None:
+        self.sum = row_sum
+        self.wide = wide
+        dtype = row_sum.dtype
+        self.vector: Any = tirx.decl_buffer((wide,), dtype, "lanes", scope="global")
+        self.rest: Any = tirx.decl_buffer((1,), dtype, "rest_sum", scope="global")
+
+    def start(self) -> list[Stmt]:
+        none = zero(self.sum.dtype)
+        clear = loop(
+            i64(self.wide),
+            lambda v: tirx.BufferStore(self.vector, none, [v]),
+            name="lane",
+            kind="vectorized",
+        )
+        return [
+            tirx.AllocBuffer(self.vector),
+            tirx.AllocBuffer(self.rest),
+            clear,
+            tirx.BufferStore(self.rest, none, [i64(0)]),
+        ]
+
+    def add(self, part: str, lane: Expr, index: Expr) -> Stmt:
+        buffer, at = (self.vector, lane) if part == "vector" else (self.rest, i64(0))
+        value = tirx.Add(tirx.BufferLoad(buffer, [at]), self.sum.value(index))
+        return tirx.BufferStore(buffer, value, [at])
+
+    def finish(self) -> list[Stmt]:
+        stmts: list[Stmt] = []
+        half = self.wide // 2
+        while half >= 1:
+            stmts.append(self._fold(half))
+            half //= 2
+        total = tirx.Add(
+            tirx.BufferLoad(self.vector, [i64(0)]), tirx.BufferLoad(self.rest, [i64(0)])
+        )
+        return [*stmts, self.sum.take(total)]
+
+    def _fold(self, half: int) -> Stmt:
+        def one(lane: Expr) -> Stmt:
+            pair = tirx.Add(
+                tirx.BufferLoad(self.vector, [lane]),
+                tirx.BufferLoad(self.vector, [plus(lane, i64(half))]),
+            )
+            return tirx.BufferStore(self.vector, pair, [lane])
+
+        return loop(i64(half), one, name="lane", kind="vectorized") if half > 1 else one(i64(0))
+
+
+def _floordiv(a: Expr, b: int) -> Expr:
+    value = constant(a)
+    return i64(value // b) if value is not None else tirx.FloorDiv(a, i64(b))
+
+
+def _minus(a: Expr, b: Expr) -> Expr:
+    x, y = constant(a), constant(b)
+    return i64(x - y) if x is not None and y is not None else tirx.Sub(a, b)

@@ -1,0 +1,323 @@
+"""Orders a tensor program into passes over independent slices.
+
+A *slice* is what one set of statistics is taken over: a row of layer norm, an (n, c) plane of
+instance norm, a channel of batch norm. The plan says which axes number the slices, what one slice
+does pass by pass (each pass reads the slice's data once), and what is left to do when all slices
+are through. It holds no loops and no target: the schedule rule turns it into those.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from normgraph.compile.tensor_program import (
+    ONE,
+    Apply,
+    Load,
+    Node,
+    NotCanonical,
+    Operation,
+    Tensor,
+    TensorProgram,
+    loads,
+)
+
+
+@dataclass(eq=False)
+class Step:
+    """One operation of a pass, with its value written over tensors that exist at that point."""
+
+    op: Operation
+    value: Node
+    needs: frozenset[int]  # outputs that depend on it
+
+    @property
+    def is_sum(self) -> bool:
+        return bool(self.op.reduce)
+
+
+@dataclass
+class Pass:
+    """What one traversal of the slice computes, and the per-slice values that follow from it."""
+
+    wide: list[Step] = field(default_factory=list)
+    after: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class SlicePlan:
+    """`slice_axes` number the slices; `lead_axes` lie before them in memory (batch norm's n).
+
+    per_slice: tensors with one element a slice, kept beside the loop.
+    stored: tensors that other slices' results are combined from, kept in a workspace.
+    column_sums: sums across slices of whole-size values (layer norm's dgamma), as partial sums.
+    finish: outputs computed when every slice is done.
+    """
+
+    program: TensorProgram
+    wide_axes: tuple[int, ...]
+    slice_axes: tuple[int, ...]
+    lead_axes: tuple[int, ...]
+    passes: list[Pass]
+    per_slice: dict[Tensor, None]
+    stored: list[Tensor]
+    column_sums: list[Step]
+    finish: list[Step]
+    finish_sums: dict[Tensor, Step]
+
+
+def plan(program: TensorProgram) -> SlicePlan:
+    """Order `program` into passes. Raises NotCanonical where it does not fall into slices."""
+    return _Planner(program).plan()
+
+
+class _Planner:
+    def __init__(self, program: TensorProgram) -> None:
+        self.program = program
+        self.ops: dict[Tensor, Operation] = {}
+        for op in program.operations:
+            self.ops[op.out] = op
+        self.every_axis = frozenset(i for t in self._all_tensors() for i in t.axes)
+        self._collapse_nested_sums()
+        self._keep_reachable()
+        self._label()
+
+    def _all_tensors(self) -> Iterator[Tensor]:
+        yield from self.program.inputs
+        yield from self.ops
+
+    # Normal form.
+
+    def _users(self) -> dict[Tensor, list[Operation]]:
+        users: dict[Tensor, list[Operation]] = defaultdict(list)
+        for op in self.ops.values():
+            for tensor in set(loads(op.value)):
+                users[tensor].append(op)
+        return users
+
+    def _collapse_nested_sums(self) -> None:
+        """A sum that only feeds sums (batch norm over s, then n) is done in one traversal."""
+        users = self._users()
+        for op in list(self.ops.values()):
+            inner = self._direct_sum(op)
+            if inner is None or inner.out.output_index is not None:
+                continue
+            if all(self._direct_sum(user) is inner for user in users[inner.out]):
+                reduce = op.reduce | inner.reduce
+                self.ops[op.out] = Operation(op.out, inner.value, reduce)
+
+    def _direct_sum(self, op: Operation) -> Operation | None:
+        if op.reduce and isinstance(op.value, Load):
+            inner = self.ops.get(op.value.tensor)
+            if inner is not None and inner.reduce:
+                return inner
+        return None
+
+    def _keep_reachable(self) -> None:
+        live: set[Tensor] = set()
+        stack = list(self.program.outputs)
+        while stack:
+            tensor = stack.pop()
+            if tensor in live:
+                continue
+            live.add(tensor)
+            if tensor in self.ops:
+                stack.extend(loads(self.ops[tensor].value))
+        self.ops = {tensor: op for tensor, op in self.ops.items() if tensor in live}
+
+    def _label(self) -> None:
+        """`needs`: the outputs behind each tensor. `wide`: values that range over all axes."""
+        self.needs: dict[Tensor, set[int]] = defaultdict(set)
+        for tensor in self.program.outputs:
+            if tensor.output_index is not None:
+                self.needs[tensor].add(tensor.output_index)
+        for op in reversed(list(self.ops.values())):
+            for tensor in set(loads(op.value)):
+                self.needs[tensor] |= self.needs[op.out]
+        self.wide_tensors = {t for t in self._all_tensors() if t.axes == self.every_axis}
+
+    def _is_wide_sum(self, op: Operation) -> bool:
+        return bool(op.reduce) and any(t in self.wide_tensors for t in loads(op.value))
+
+    def _is_wide_output(self, op: Operation) -> bool:
+        wide = op.out in self.wide_tensors and not op.reduce
+        return wide and op.out.output_index is not None
+
+    # Slices.
+
+    def plan(self) -> SlicePlan:
+        wide_axes = tuple(sorted(self.every_axis))
+        slice_axes = self._slice_axes()
+        first = min(slice_axes, default=0)
+        span = [a for a in wide_axes if slice_axes and first <= a <= max(slice_axes)]
+        if set(span) != set(slice_axes):
+            raise NotCanonical(f"slice axes {sorted(slice_axes)} are not next to each other")
+        lead = tuple(a for a in wide_axes if slice_axes and a < first)
+        self.slice_axes = slice_axes
+        self._split_sums_across_slices()
+        self._find_across()
+        passes = self._passes()
+        finish, finish_sums = self._finish()
+        stored = [t for t in self.ops if t in self.stored]
+        return SlicePlan(
+            program=self.program,
+            wide_axes=wide_axes,
+            slice_axes=tuple(sorted(slice_axes)),
+            lead_axes=lead,
+            passes=passes,
+            per_slice=self.per_slice,
+            stored=stored,
+            column_sums=[s for p in passes for s in p.wide if s.op.out in self.columns],
+            finish=finish,
+            finish_sums=finish_sums,
+        )
+
+    def _slice_axes(self) -> frozenset[int]:
+        """The axes every statistic keeps that an element-wide value depends on."""
+        feeding: set[Tensor] = set()
+        for op in self.ops.values():
+            if self._is_wide_output(op) or self._is_wide_sum(op):
+                feeding |= set(self._sums_behind(op.value))
+        if not feeding:
+            feeding = {op.out for op in self.ops.values() if self._is_wide_sum(op)}
+        if feeding:
+            return frozenset.intersection(*(t.axes for t in feeding))
+        varying: set[int] = set()
+        for op in self.ops.values():
+            for tensor in loads(op.value):
+                if tensor not in self.wide_tensors:
+                    varying |= tensor.axes
+        ordered = sorted(self.every_axis)
+        cut = max((ordered.index(a) + 1 for a in varying), default=len(ordered) - 1)
+        return frozenset(ordered[: min(cut, len(ordered) - 1)])
+
+    def _sums_behind(self, value: Node) -> Iterator[Tensor]:
+        seen: set[Tensor] = set()
+        stack = list(loads(value))
+        while stack:
+            tensor = stack.pop()
+            if tensor in seen or tensor not in self.ops:
+                continue
+            seen.add(tensor)
+            op = self.ops[tensor]
+            if op.reduce:
+                yield tensor
+            stack.extend(loads(op.value))
+
+    def _split_sums_across_slices(self) -> None:
+        """Sum within the slice first, across slices after."""
+        for op in list(self.ops.values()):
+            inside = op.reduce - self.slice_axes
+            if not (op.reduce & self.slice_axes and inside and self._is_wide_sum(op)):
+                continue
+            dims = tuple(
+                extent if axis in op.out.axes | (op.reduce & self.slice_axes) else ONE
+                for axis, extent in enumerate(self.program.extents)
+            )
+            part = Tensor(f"{op.out.name}_part", op.out.dtype, dims)
+            self.needs[part] = set(self.needs[op.out])
+            rebuilt: dict[Tensor, Operation] = {}
+            for tensor, other in self.ops.items():
+                if other is op:
+                    rebuilt[part] = Operation(part, op.value, inside)
+                    rebuilt[tensor] = Operation(op.out, Load(part), op.reduce & self.slice_axes)
+                else:
+                    rebuilt[tensor] = other
+            self.ops = rebuilt
+
+    def _find_across(self) -> None:
+        """`across`: what depends on more than one slice. `columns`: whole-size sums among it."""
+        self.across: set[Tensor] = set()
+        self.columns: set[Tensor] = set()
+        for op in self.ops.values():
+            crosses = bool(op.reduce & self.slice_axes)
+            if crosses and self._is_wide_sum(op):
+                self.columns.add(op.out)
+            if crosses or any(t in self.across for t in loads(op.value)):
+                self.across.add(op.out)
+
+    def _passes(self) -> list[Pass]:
+        slice_ops = [op for op in self.ops.values() if op.out not in self.across]
+        self.per_slice: dict[Tensor, None] = {
+            op.out: None
+            for op in slice_ops
+            if op.out.axes <= self.slice_axes and op.out not in self.wide_tensors
+        }
+        self.stored: set[Tensor] = {
+            op.out for op in slice_ops if op.reduce and op.out not in self.per_slice
+        }
+        self._store_for_finish()
+        ready: dict[Tensor, int] = dict.fromkeys(self.program.inputs, -1)
+        passes: dict[int, Pass] = defaultdict(Pass)
+        for op in self.ops.values():
+            column = op.out in self.columns
+            if op.out in self.across and not column:
+                continue
+            value = self._inlined(op.value)
+            known = max((ready[t] for t in loads(value)), default=-1)
+            step = Step(op, value, frozenset(self.needs[op.out]))
+            if column or self._is_wide_sum(op) or self._is_wide_output(op):
+                ready[op.out] = known + 1
+                passes[known + 1].wide.append(step)
+            elif op.out in self.per_slice or op.out in self.stored:
+                ready[op.out] = known
+                passes[known].after.append(step)
+            # Everything else is written into the values that use it.
+        first = passes.pop(-1, Pass())
+        count = max(passes, default=-1) + 1
+        ordered = [passes[i] for i in range(count)]
+        return [first, *ordered]
+
+    def _store_for_finish(self) -> None:
+        """Slice results that the finish combines have to outlive their slice."""
+        for op in self.ops.values():
+            combines = op.out in self.across and op.out not in self.columns
+            if not combines and not self._left_over(op):
+                continue
+            for tensor in loads(self._inlined(op.value)):
+                if tensor in self.ops and tensor not in self.across:
+                    self.stored.add(tensor)
+
+    def _inlined(self, value: Node) -> Node:
+        """`value` with every tensor that is held nowhere replaced by its own value."""
+        if isinstance(value, Load):
+            op = self.ops.get(value.tensor)
+            if op is None or value.tensor in self.per_slice or value.tensor in self.stored:
+                return value
+            if op.reduce:
+                return value
+            return self._inlined(op.value)
+        if isinstance(value, Apply):
+            return Apply(value.make, tuple(self._inlined(a) for a in value.args), value.symbol)
+        return value
+
+    def _finish(self) -> tuple[list[Step], dict[Tensor, Step]]:
+        finish: list[Step] = []
+        sums: dict[Tensor, Step] = {}
+        for op in self.ops.values():
+            if op.out not in self.across and not self._left_over(op):
+                continue
+            if op.out in self.stored:
+                op = Operation(op.out, Load(op.out))
+            value = self._inlined(op.value)
+            step = Step(op, value, frozenset(self.needs[op.out]))
+            if op.reduce:
+                if any(t in self.across for t in loads(value)):
+                    raise NotCanonical(f"{op.out.name} is a sum of sums across slices")
+                sums[op.out] = step
+            if op.out.output_index is not None:
+                finish.append(step)
+        return finish, sums
+
+    def _left_over(self, op: Operation) -> bool:
+        """A narrow output that is neither a value of one slice nor a combination of slices."""
+        if op.out.output_index is None or op.out in self.across or op.out in self.per_slice:
+            return False
+        return not self._is_wide_output(op)
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors in first-seen order, each once."""
+    return list(dict.fromkeys(tensors))

@@ -1,0 +1,508 @@
+"""The CPU schedule rule for normalization: slices in parallel, each read once a pass.
+
+Pattern. A function that `tensor_program` can read and `slice_plan` can order: statistics over
+slices (a row, a plane, a channel), element-wise outputs, sums across slices.
+
+Strategy.
+ 1. Slices are spread over the threads. Where they lie behind each other in memory each is one
+    contiguous piece; where other axes come before them (batch norm's n) a task takes a block of
+    neighbouring channels, so that it reads runs of at least 12 KB, or, with nothing behind the
+    channel axis, a run of channels at once as the vector.
+ 2. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
+    (`row_kernel`); pass two finds the slice in cache.
+ 3. What has one element a slice is computed between passes and stays beside the loop.
+ 4. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
+    sum for each of a fixed number of row ranges; of per-slice values through a workspace of the
+    statistics' size. Both are combined at the end in a fixed order, so results do not depend on
+    the number of threads.
+ 5. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
+    runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
+
+Bytes: every element-wise input is read once a pass, passes after the first from cache for slices
+that fit it; outputs are written once. Forward: 3 passes (mean, centred sums, output); backward: 2.
+
+Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction): merging row loops
+silently drops a nest that stands between them, and tails need predicates that block vectorising.
+The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
+E[x^2] - E[x]^2: wrong at large means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.finish import Finish
+from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.row_kernel import RowStore, RowSum, row
+from normgraph.compile.slice_plan import Pass, SlicePlan, Step, plan
+from normgraph.compile.tensor_program import (
+    Apply,
+    Load,
+    Node,
+    NotCanonical,
+    Scalar,
+    Tensor,
+    loads,
+    read,
+)
+from normgraph.compile.tir import (
+    Expr,
+    Stmt,
+    bind,
+    constant,
+    i64,
+    keep,
+    loop,
+    nest,
+    plus,
+    product,
+    seq,
+    times,
+    when,
+    zero,
+)
+
+NAME = "slices"
+
+# A block of batch norm channels covers at least this many bytes of consecutive memory.
+_RUN_BYTES = 12 * 1024
+_MOST_CHANNELS = 16
+# Channels in the vector where nothing lies behind the channel axis.
+_CHANNEL_RUN = 64
+# Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
+_PARTIALS = 16
+
+
+def apply(func: Any, outputs: Sequence[str], vector_bytes: int) -> Any | None:
+    """The scheduled function, or None where the pattern is not this rule's own.
+
+    func: the fused PrimFunc of a graph. outputs: their names, for messages. vector_bytes: size of a
+    vector register.
+    The result takes the function's tensors and then the requests as one int64.
+    """
+    try:
+        slice_plan = plan(read(func))
+        return _Emitter(slice_plan, outputs, vector_bytes).emit()
+    except NotCanonical:
+        return None
+
+
+@dataclass
+class _Block:
+    """The slices one task does: `count` from `start`, never more than `most`."""
+
+    start: Expr
+    count: Expr
+    most: int
+    chunk: Expr | None = None
+
+
+class _Emitter:
+    def __init__(self, slice_plan: SlicePlan, outputs: Sequence[str], vector_bytes: int) -> None:
+        self.plan = slice_plan
+        self.program = slice_plan.program
+        self.extents = self.program.extents
+        self.vector_bytes = vector_bytes
+        self.frame = Frame(slice_plan, outputs, _PARTIALS)
+        self.slice_axes = slice_plan.slice_axes
+        self.inner_axes = tuple(
+            a
+            for a in slice_plan.wide_axes
+            if a not in self.slice_axes and a not in slice_plan.lead_axes
+        )
+        # Nothing behind the slices' own axes: the vector runs across slices.
+        self.across = bool(slice_plan.lead_axes) and not self.inner_axes
+        self.slices = product([self.extents[a] for a in self.slice_axes])
+        self.locals: dict[Tensor, Any] = {}
+
+    def emit(self) -> Any:
+        body = [*self.frame.open(), self._all_slices(), Finish(self.frame, self._lanes()).emit()]
+        return self.frame.close(seq(body))
+
+    def _lanes(self) -> int:
+        sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
+        wide = [t for t in self.program.inputs if t.dtype == "float64"]
+        return self.vector_bytes // (8 if wide else max(sizes))
+
+    # Tasks.
+
+    def _all_slices(self) -> Stmt:
+        if self.plan.column_sums:
+            return self._row_ranges()
+        if self.plan.lead_axes:
+            return self._channel_blocks()
+        return loop(
+            self.slices,
+            lambda index: self._slices(_Block(index, i64(1), 1)),
+            name="slice",
+            kind="parallel",
+        )
+
+    def _row_ranges(self) -> Stmt:
+        if self.plan.lead_axes:
+            raise NotCanonical("sums across slices that are not contiguous")
+
+        def task(chunk: Expr) -> Stmt:
+            stmts: list[Stmt] = [self.frame.clear_partials(chunk)]
+            first = bind("first", _share(self.slices, chunk), stmts)
+            last = bind("last", _share(self.slices, plus(chunk, i64(1))), stmts)
+            rows = loop(
+                tirx.Sub(last, first),
+                lambda index: self._slices(_Block(index, i64(1), 1, chunk)),
+                name="slice",
+                start=first,
+            )
+            return seq([*stmts, rows])
+
+        return loop(i64(_PARTIALS), task, name="range", kind="parallel")
+
+    def _channel_blocks(self) -> Stmt:
+        most = _CHANNEL_RUN if self.across else _MOST_CHANNELS
+        stmts: list[Stmt] = []
+        size = bind("block_size", self._channels_in_block(most), stmts)
+        blocks = bind("blocks", tirx.FloorDiv(plus(self.slices, size) - 1, size), stmts)
+
+        def task(index: Expr) -> Stmt:
+            inner: list[Stmt] = []
+            start = bind("first_channel", times(index, size), inner)
+            count = bind("channels", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
+            return seq([*inner, self._slices(_Block(start, count, most))])
+
+        return seq([*stmts, loop(blocks, task, name="task", kind="parallel")])
+
+    def _channels_in_block(self, most: int) -> Expr:
+        # At least eight tasks, so that two to eight threads have even shares.
+        share = tirx.FloorDiv(self.slices + 7, i64(8))
+        if self.across:
+            return tirx.Max(tirx.Min(share, i64(most)), i64(min(16, most)))
+        row_bytes = times(product([self.extents[a] for a in self.inner_axes]), i64(4))
+        run = tirx.FloorDiv(i64(_RUN_BYTES) + row_bytes - 1, row_bytes)
+        return tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
+
+    # One task's slices.
+
+    def _slices(self, block: _Block) -> Stmt:
+        self.locals = {}
+        stmts: list[Stmt] = []
+        for tensor in self.plan.per_slice:
+            buffer = tirx.decl_buffer((block.most,), tensor.dtype, tensor.name, scope="global")
+            self.locals[tensor] = buffer
+            stmts.append(tirx.AllocBuffer(buffer))
+        for work in self.plan.passes:
+            stmts.extend(self._pass(work, block))
+        return seq(stmts)
+
+    def _pass(self, work: Pass, block: _Block) -> list[Stmt]:
+        stmts = [self._clear(step, block) for step in work.wide if self._is_local_sum(step)]
+        groups: dict[frozenset[int], list[Step]] = {}
+        outputs: list[Step] = []
+        for step in work.wide:
+            if step.is_sum:
+                groups.setdefault(step.needs, []).append(step)
+            else:
+                outputs.append(step)
+        if groups or outputs:
+            stmts.append(self._traversals(list(groups.items()), outputs, block))
+        sums = [step for step in work.wide if self._is_local_sum(step)]
+        after = [*((s, True) for s in sums), *((s, False) for s in work.after)]
+        if after:
+            stmts.append(
+                loop(
+                    block.count if block.most > 1 else i64(1),
+                    lambda c: seq([self._settle(s, done, block, c) for s, done in after]),
+                    name="c",
+                )
+            )
+        return stmts
+
+    def _traversals(
+        self, groups: list[tuple[frozenset[int], list[Step]]], outputs: list[Step], block: _Block
+    ) -> Stmt:
+        """All of the pass in one loop where all is written, else part by part."""
+        apart: list[Stmt] = []
+        for needs, steps in groups:
+            apart.append(when(self.frame.any_of(needs), self._traverse(steps, block)))
+        for step in outputs:
+            index = self.frame.output_of(step)
+            added = self._traverse([step], block, add=True)
+            added = when(self.frame.is_add(index), added)
+            written = self._traverse([step], block)
+            apart.append(when(self.frame.is_write(index), written, added))
+        if len(apart) == 1:
+            return apart[0]
+        conditions = [self.frame.any_of(needs) for needs, _ in groups]
+        conditions += [self.frame.is_write(self.frame.output_of(step)) for step in outputs]
+        known = [c for c in conditions if c is not None]
+        whole = self._traverse([s for _, steps in groups for s in steps] + outputs, block)
+        if not known:
+            return whole
+        every = known[0]
+        for condition in known[1:]:
+            every = tirx.And(every, condition)
+        return when(every, whole, seq(apart))
+
+    def _is_local_sum(self, step: Step) -> bool:
+        return step.is_sum and step.op.out in self.plan.per_slice
+
+    def _clear(self, step: Step, block: _Block) -> Stmt:
+        buffer = self.locals[step.op.out]
+        none = zero(step.op.out.dtype)
+        return loop(
+            block.count if block.most > 1 else i64(1),
+            lambda c: tirx.BufferStore(buffer, none, [c]),
+            name="c",
+        )
+
+    # One traversal of the slices' data.
+
+    def _traverse(self, steps: list[Step], block: _Block, *, add: bool = False) -> Stmt:
+        lead = [(f"n{a}", self.extents[a]) for a in self.plan.lead_axes]
+        if self.across:
+
+            def across(index: list[Expr]) -> Stmt:
+                at = Position(dict(zip(self.plan.lead_axes, index, strict=True)))
+                return self._row(steps, block, at, self.slice_axes, None, add)
+
+            return nest(lead, across)
+        row_axes = self._row_axes(steps)
+        middle = [a for a in self.inner_axes if a not in row_axes]
+
+        def rows(index: list[Expr]) -> Stmt:
+            n = len(self.plan.lead_axes)
+            outer, c, between = index[:n], index[n], index[n + 1 :]
+            axes = dict(zip((*self.plan.lead_axes, *middle), (*outer, *between), strict=True))
+            at = Position(axes).along(self.slice_axes, plus(block.start, c))
+            return self._row(steps, block, at, row_axes, c, add)
+
+        count = block.count if block.most > 1 else i64(1)
+        axes = [*lead, ("c", count), *((f"m{a}", self.extents[a]) for a in middle)]
+        return nest(axes, rows)
+
+    def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
+        """The longest run of last axes along which every operand is contiguous or constant."""
+        for first in range(len(self.inner_axes)):
+            run = self.inner_axes[first:]
+            if all(self._runs_along(step, frozenset(run)) for step in steps):
+                return run
+        raise NotCanonical("no axis along which all operands are contiguous or constant")
+
+    @staticmethod
+    def _runs_along(step: Step, run: frozenset[int]) -> bool:
+        whole = all(t.axes & run in (run, frozenset()) for t in loads(step.value))
+        return whole and step.op.reduce & run in (run, frozenset())
+
+    def _row(
+        self,
+        steps: list[Step],
+        block: _Block,
+        at: Position,
+        row_axes: tuple[int, ...],
+        c: Expr | None,
+        add: bool,
+    ) -> Stmt:
+        stmts: list[Stmt] = []
+        reader = _RowReader(self, at, row_axes, block, c, stmts)
+        sums: list[RowSum] = []
+        stores: list[RowStore] = []
+        for step in steps:
+            if not step.is_sum:
+                stores.append(RowStore(reader.output(step, add)))
+            elif self.across or not step.op.reduce & frozenset(row_axes):
+                stores.append(RowStore(reader.elementwise_sum(step)))
+            else:
+                take = reader.total(step)
+                sums.append(RowSum(reader.value(step), take, step.op.out.dtype))
+        length = block.count if self.across else product([self.extents[a] for a in row_axes])
+        unroll = 1 if self.across else _unroll(len(sums), self.vector_bytes)
+        stmts.append(row(length, sums, stores, lanes=self._lanes(), unroll=unroll))
+        return seq(stmts)
+
+    # Values with one element a slice.
+
+    def _settle(self, step: Step, done: bool, block: _Block, c: Expr) -> Stmt:
+        """Compute a per-slice value, then keep it where it is wanted."""
+        tensor = step.op.out
+        at = Position().along(self.slice_axes, plus(block.start, c))
+        stmts: list[Stmt] = []
+        if not done:
+            stmts.append(self._compute(step, at, c))
+        if tensor in self.plan.per_slice:
+            value = tirx.BufferLoad(self.locals[tensor], [c])
+            if tensor in self.frame.workspaces:
+                stmts.append(self.frame.store(tensor, value, offset(tensor, at, self.extents)))
+            if tensor.output_index is not None:
+                stmts.append(
+                    self.frame.request_store(tensor, value, offset(tensor, at, self.extents))
+                )
+        return seq(stmts)
+
+    def _compute(self, step: Step, at: Position, c: Expr) -> Stmt:
+        tensor = step.op.out
+        if not step.is_sum:
+            value = evaluate(step.value, lambda t: self.read(t, at, c))
+            return self._keep(tensor, value, at, c)
+        if tensor not in self.plan.per_slice:
+            raise NotCanonical(f"{tensor.name} is a partial sum of partial sums")
+        buffer = self.locals[tensor]
+        axes = sorted(step.op.reduce)
+
+        def one(index: list[Expr]) -> Stmt:
+            inner = at.at(dict(zip(axes, index, strict=True)))
+            value = evaluate(step.value, lambda t: self.read(t, inner, c))
+            return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [c]), value), [c])
+
+        clear = tirx.BufferStore(buffer, zero(tensor.dtype), [c])
+        return seq([clear, nest([(f"k{a}", self.extents[a]) for a in axes], one)])
+
+    def _keep(self, tensor: Tensor, value: Expr, at: Position, c: Expr) -> Stmt:
+        if tensor in self.plan.per_slice:
+            return tirx.BufferStore(self.locals[tensor], value, [c])
+        return self.frame.store(tensor, value, offset(tensor, at, self.extents))
+
+    def read(self, tensor: Tensor, at: Position, c: Expr) -> Expr:
+        if tensor in self.locals:
+            return tirx.BufferLoad(self.locals[tensor], [c])
+        return self.frame.load(tensor, offset(tensor, at, self.extents))
+
+
+class _RowReader:
+    """Reads operands in a row: constants once in front of it, the rest element by element."""
+
+    def __init__(
+        self,
+        emitter: _Emitter,
+        at: Position,
+        row_axes: tuple[int, ...],
+        block: _Block,
+        c: Expr | None,
+        before: list[Stmt],
+    ) -> None:
+        self.emitter = emitter
+        self.at = at
+        self.row_axes = row_axes
+        self.block = block
+        self.c = c
+        self.before = before
+        self.fixed: dict[Tensor, Expr] = {}
+        self.bases: dict[tuple[Any, ...], Expr] = {}
+
+    def _varies(self, tensor: Tensor) -> bool:
+        return bool(tensor.axes & frozenset(self.row_axes))
+
+    def _offset(self, tensor: Tensor, index: Expr) -> Expr:
+        key = tuple(str(d) for d in tensor.dims)
+        if key not in self.bases:
+            start = self.block.start if self.emitter.across else i64(0)
+            at = self.at.along(self.row_axes, start)
+            base = offset(tensor, at, self.emitter.extents)
+            self.bases[key] = bind("base", base, self.before)
+        return plus(self.bases[key], index)
+
+    def _element(self, tensor: Tensor, index: Expr) -> Expr:
+        if tensor in self.emitter.locals:
+            return tirx.BufferLoad(self.emitter.locals[tensor], [index])
+        return self.emitter.frame.load(tensor, self._offset(tensor, index))
+
+    def value(self, step: Step) -> Callable[[Expr], Expr]:
+        node = self._hoisted(step.value)
+        for tensor in loads(node):
+            if tensor not in self.emitter.locals:
+                self._offset(tensor, i64(0))  # named in front of the loop
+        return lambda index: evaluate(node, lambda t: self._element(t, index))
+
+    def _hoisted(self, node: Node) -> Node:
+        """The value with whatever is the same along the row computed in front of it."""
+        if not any(self._varies(tensor) for tensor in loads(node)):
+            return self._fixed(node)
+        if isinstance(node, Apply):
+            return Apply(node.make, tuple(self._hoisted(arg) for arg in node.args), node.symbol)
+        return node
+
+    def _fixed(self, node: Node) -> Node:
+        if isinstance(node, Scalar) or (isinstance(node, Load) and node.tensor in self.fixed):
+            return node if isinstance(node, Scalar) else Scalar(self.fixed[node.tensor])
+        bfloat16 = any(t.dtype == "bfloat16" for t in loads(node))
+        if isinstance(node, Load) and bfloat16:
+            return node
+        expr = evaluate(node, lambda t: self.emitter.read(t, self.at, self.c))
+        if bfloat16:
+            # BF16ComputeLegalize does not look into a Bind, so the value is kept in memory.
+            value = keep("fixed", expr, self.before)
+        else:
+            value = bind("fixed", expr, self.before, str(expr.ty.dtype))
+        if isinstance(node, Load):
+            self.fixed[node.tensor] = value
+        return Scalar(value)
+
+    def output(self, step: Step, add: bool) -> Callable[[Expr], Stmt]:
+        tensor = step.op.out
+        value = self.value(step)
+        self._offset(tensor, i64(0))
+        put = self.emitter.frame.add_output if add else self.emitter.frame.write_output
+        return lambda index: put(step, value(index), self._offset(tensor, index))
+
+    def elementwise_sum(self, step: Step) -> Callable[[Expr], Stmt]:
+        tensor = step.op.out
+        value = self.value(step)
+        if tensor in self.emitter.locals:
+            buffer = self.emitter.locals[tensor]
+
+            def into_local(index: Expr) -> Stmt:
+                grown = tirx.Add(tirx.BufferLoad(buffer, [index]), value(index))
+                return tirx.BufferStore(buffer, grown, [index])
+
+            return into_local
+        buffer = self.emitter.frame.partials[tensor]
+        size = element_count(tensor)
+        chunk = self.block.chunk
+        assert chunk is not None
+        at = self.at.along(self.row_axes, i64(0))
+        first = plus(times(chunk, size), offset(tensor, at, self.emitter.extents))
+        base = bind("partial", first, self.before)
+
+        def into_partial(index: Expr) -> Stmt:
+            place = [plus(base, index)]
+            grown = tirx.Add(tirx.BufferLoad(buffer, place), value(index))
+            return tirx.BufferStore(buffer, grown, place)
+
+        return into_partial
+
+    def total(self, step: Step) -> Callable[[Expr], Stmt]:
+        tensor = step.op.out
+        if tensor in self.emitter.locals:
+            buffer = self.emitter.locals[tensor]
+            place = [self.c]
+
+            def into_local(total: Expr) -> Stmt:
+                return tirx.BufferStore(
+                    buffer, tirx.Add(tirx.BufferLoad(buffer, place), total), place
+                )
+
+            return into_local
+        if step.op.reduce != frozenset(self.row_axes):
+            raise NotCanonical(f"{tensor.name} needs several rows for one stored sum")
+        place_in = offset(tensor, self.at, self.emitter.extents)
+        return lambda total: self.emitter.frame.store(tensor, total, place_in)
+
+
+def _unroll(sums: int, vector_bytes: int) -> int:
+    """Registers side by side: enough chains to hide the adder's latency, few enough not to spill.
+
+    16 registers at up to 32 bytes (AVX2, NEON has 32 but of 16 bytes), 32 at 64 (AVX-512).
+    """
+    if sums == 0:
+        return 2
+    return 4 if sums == 1 or (sums == 2 and vector_bytes == 64) else 2
+
+
+def _share(count: Expr, chunk: Expr) -> Expr:
+    """Where range `chunk` of _PARTIALS equal ranges begins."""
+    known = constant(count), constant(chunk)
+    if None not in known:
+        return i64(known[0] * known[1] // _PARTIALS)  # type: ignore[operator]
+    return tirx.FloorDiv(times(chunk, count), i64(_PARTIALS))

@@ -1,0 +1,186 @@
+"""The targets: names, the LLVM target behind each, and what a host must have to run the result."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.target import codegen
+
+from normgraph.errors import TargetError
+
+# Instruction sets generated code may use, as LLVM names them and as Linux lists them. Features of
+# tuning and of the operating system (fast-bextr, pku) do not restrict where code runs.
+_X86_FEATURES = {
+    "sse3": "pni",
+    "ssse3": "ssse3",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "popcnt": "popcnt",
+    "lzcnt": "abm",
+    "movbe": "movbe",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "gfni": "gfni",
+    "vaes": "vaes",
+    "vpclmulqdq": "vpclmulqdq",
+    "avxvnni": "avx_vnni",
+    "avx512f": "avx512f",
+    "avx512cd": "avx512cd",
+    "avx512bw": "avx512bw",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+}
+_ARM_FEATURES = {
+    "neon": "asimd",
+    "fullfp16": "asimdhp",
+    "dotprod": "asimddp",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+_X86_TRIPLE = "x86_64-linux-gnu"
+_ARM_TRIPLE = "aarch64-linux-gnu"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `compile.build` compiles for.
+
+    name: as given to `build`. triple, mcpu: as LLVM has them. features: the instruction sets a
+    host must have. vector_bytes: size of a vector register.
+    """
+
+    name: str
+    description: str
+    triple: str
+    mcpu: str
+    features: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "llvm"
+
+    @property
+    def vector_bytes(self) -> int:
+        if "avx512f" in self.features:
+            return 64
+        return 32 if "avx" in self.features else 16
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine can run code for the target."""
+        if self.triple.split("-")[0] != _machine():
+            return False
+        names = _X86_FEATURES if self.triple == _X86_TRIPLE else _ARM_FEATURES
+        return all(names[feature] in _cpu_flags() for feature in self.features)
+
+    def to_tvm(self) -> Any:
+        """The target as TVM takes it."""
+        config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
+        if self.disabled:
+            config["mattr"] = [f"-{feature}" for feature in self.disabled]
+        return tvm.target.Target(config)
+
+
+_NAMED = {
+    "cpu": ("the CPU of this machine", None, None),
+    "x86-64-v2": ("x86-64 with SSE4.2 (2009 on)", _X86_TRIPLE, "x86-64-v2"),
+    "x86-64-v3": ("x86-64 with AVX2, FMA and F16C (2013 on)", _X86_TRIPLE, "x86-64-v3"),
+    "x86-64-v4": ("x86-64 with AVX-512 (2017 on)", _X86_TRIPLE, "x86-64-v4"),
+    "aarch64": ("64-bit Arm with NEON; a library where a cross linker is found, else an object",
+                _ARM_TRIPLE, "generic"),
+}  # fmt: skip
+
+
+def targets() -> list[Target]:
+    """Every named target, this machine's first."""
+    return [resolve(name) for name in _NAMED]
+
+
+def known_targets() -> list[str]:
+    """The names `build` takes, beside the name of any CPU that LLVM knows."""
+    return list(_NAMED)
+
+
+def resolve(name: str) -> Target:
+    """The target of that name: one of `known_targets()`, or a CPU as LLVM names it (znver4).
+
+    Raises TargetError for a name that is neither; the message lists the known ones.
+    """
+    if not isinstance(name, str):
+        raise TargetError(
+            f"target: expected a name such as 'cpu', got {type(name).__name__}. "
+            f"Known targets: {', '.join(_NAMED)}."
+        )
+    if name in _NAMED:
+        description, triple, mcpu = _NAMED[name]
+        if triple is None or mcpu is None:
+            return _host(name, description)
+        return _described(name, description, triple, mcpu)
+    for triple in (_X86_TRIPLE, _ARM_TRIPLE):
+        if name in _cpus(triple):
+            return _described(name, f"LLVM's CPU {name}", triple, name)
+    every = [*_NAMED, *_cpus(_X86_TRIPLE), *_cpus(_ARM_TRIPLE)]
+    close = difflib.get_close_matches(name, every, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise TargetError(
+        f"unknown target {name!r}.{hint} Known targets: {', '.join(_NAMED)}; or a CPU that LLVM "
+        f"names, such as znver4 or neoverse-n1."
+    )
+
+
+def _described(name: str, description: str, triple: str, mcpu: str) -> Target:
+    return Target(name, description, triple, mcpu, _features(triple, mcpu))
+
+
+def _host(name: str, description: str) -> Target:
+    """This machine: LLVM's model of its CPU, less what the system does not offer."""
+    triple = _X86_TRIPLE if _machine() == "x86_64" else _ARM_TRIPLE
+    mcpu = str(codegen.llvm_get_system_cpu())
+    names = _X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES
+    modelled = _features(triple, mcpu)
+    offered = tuple(f for f in modelled if names[f] in _cpu_flags())
+    missing = tuple(f for f in modelled if f not in offered)
+    return Target(name, description, triple, mcpu, offered, missing)
+
+
+def _features(triple: str, mcpu: str) -> tuple[str, ...]:
+    names = _X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES
+    target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu})
+    enabled = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
+    return tuple(feature for feature in names if feature in enabled)
+
+
+def _cpus(triple: str) -> list[str]:
+    target = tvm.target.Target({"kind": "llvm", "mtriple": triple})
+    return sorted(str(cpu) for cpu in codegen.llvm_get_cpu_archlist(target))
+
+
+def _machine() -> str:
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def _cpu_flags() -> frozenset[str]:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()

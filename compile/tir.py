@@ -1,0 +1,137 @@
+"""Short constructors for the TIR statements the schedule rules write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+from tvm import tirx
+from tvm.ir.expr import StringImm
+from tvm.ir.prim.expr import FloatImm, IntImm
+
+Expr = Any
+Stmt = Any
+
+
+def i64(value: int) -> Expr:
+    return IntImm("int64", value)
+
+
+def zero(dtype: str) -> Expr:
+    return FloatImm(dtype, 0.0)
+
+
+def constant(expr: Expr) -> int | None:
+    """The value of an integer constant, else None."""
+    return int(expr.value) if isinstance(expr, IntImm) else None
+
+
+def times(a: Expr, b: Expr) -> Expr:
+    """a * b for sizes, folded where one is a constant."""
+    x, y = constant(a), constant(b)
+    if x is not None and y is not None:
+        return i64(x * y)
+    if x == 1:
+        return b
+    if y == 1:
+        return a
+    return tirx.Mul(a, b)
+
+
+def plus(a: Expr, b: Expr) -> Expr:
+    x, y = constant(a), constant(b)
+    if x is not None and y is not None:
+        return i64(x + y)
+    if x == 0:
+        return b
+    if y == 0:
+        return a
+    return tirx.Add(a, b)
+
+
+def product(factors: Sequence[Expr]) -> Expr:
+    return reduce(times, factors, i64(1))
+
+
+def total(terms: Sequence[Expr]) -> Expr:
+    return reduce(plus, terms, i64(0))
+
+
+def seq(stmts: Sequence[Stmt | None]) -> Stmt:
+    """A sequence, flattened by one level; None entries are left out."""
+    flat: list[Stmt] = []
+    for stmt in stmts:
+        if stmt is None:
+            continue
+        flat.extend(stmt.seq if isinstance(stmt, tirx.SeqStmt) else [stmt])
+    if not flat:
+        return tirx.Evaluate(IntImm("int32", 0))
+    return flat[0] if len(flat) == 1 else tirx.SeqStmt(flat)
+
+
+def loop(
+    extent: Expr,
+    body: Callable[[Expr], Stmt],
+    *,
+    name: str,
+    kind: str = "serial",
+    start: Expr | None = None,
+) -> Stmt:
+    """`for name in range(start, start + extent)`; a serial loop of one is just its body."""
+    if kind in ("serial", "parallel") and constant(extent) == 1:
+        return body(i64(0) if start is None else start)
+    kinds = {
+        "serial": tirx.ForKind.SERIAL,
+        "parallel": tirx.ForKind.PARALLEL,
+        "vectorized": tirx.ForKind.VECTORIZED,
+    }
+    var = tirx.Var(name, "int64")
+    return tirx.For(var, i64(0) if start is None else start, extent, kinds[kind], body(var))
+
+
+def nest(
+    axes: Sequence[tuple[str, Expr]],
+    body: Callable[[list[Expr]], Stmt],
+    done: tuple[Expr, ...] = (),
+) -> Stmt:
+    """Nested serial loops, outermost first."""
+    if len(done) == len(axes):
+        return body(list(done))
+    name, extent = axes[len(done)]
+    return loop(extent, lambda var: nest(axes, body, (*done, var)), name=name)
+
+
+def bind(name: str, value: Expr, out: list[Stmt], dtype: str = "int64") -> Expr:
+    """Name a value once; constants and variables stay as they are."""
+    if isinstance(value, (IntImm, tirx.Var)):
+        return value
+    var = tirx.Var(name, dtype)
+    out.append(tirx.Bind(var, value))
+    return var
+
+
+def keep(name: str, value: Expr, out: list[Stmt]) -> Expr:
+    """Compute a value once into a buffer of one element."""
+    buffer = tirx.decl_buffer((1,), str(value.ty.dtype), name, scope="global")
+    out.extend([tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [i64(0)])])
+    return tirx.BufferLoad(buffer, [i64(0)])
+
+
+def when(condition: Expr | None, then: Stmt, otherwise: Stmt | None = None) -> Stmt:
+    """`if condition`; None is always true."""
+    return then if condition is None else tirx.IfThenElse(condition, then, otherwise)
+
+
+def demand(condition: Expr, message: str) -> Stmt:
+    """Raise ValueError(message) from the kernel unless the condition holds."""
+    # The constructor takes the condition first, whatever its parameter names say.
+    return tirx.AssertStmt(condition, StringImm("ValueError"), [StringImm(message)])
+
+
+def both(conditions: Sequence[Expr]) -> Expr:
+    return reduce(tirx.And, conditions)
+
+
+def either(conditions: Sequence[Expr]) -> Expr:
+    return reduce(tirx.Or, conditions)

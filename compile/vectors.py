@@ -1,0 +1,161 @@
+"""The self-test: inputs with float64 answers that travel with an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from normgraph.graphs import reference
+from normgraph.spec import NormSpec
+
+Array = npt.NDArray[Any]
+
+# Sizes for symbolic dims: short odd ones, then rows longer than any vector, with a tail.
+_SIZES = ((3, 5, 2, 7, 3), (2, 7, 13, 5, 3))
+
+# Larger arrays are stored as this many elements (a prime) repeated over the shape, and their
+# answers as this many samples.
+_STORED = 65537
+
+_UNITS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph as the manifest lists it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one kind: full inputs, the float64 answers and the error that is allowed."""
+
+    kind: str
+    prefix: str
+    inputs: Mapping[str, Array]
+    answers: Mapping[str, Array]
+    tolerance: Mapping[str, float]
+    stored: Mapping[str, Array]
+
+    def entry(self) -> dict[str, Any]:
+        """The case as the manifest lists it."""
+        return {
+            "kind": self.kind,
+            "prefix": self.prefix,
+            "shapes": {name: list(a.shape) for name, a in self.inputs.items()},
+            "tolerance": dict(self.tolerance),
+        }
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a normgraph dtype name."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def cases(spec: NormSpec, kind: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> list[Case]:
+    """Self-test cases of one kind, the same for every build."""
+    dims = list(dict.fromkeys(d for p in inputs for d in p.shape if isinstance(d, str)))
+    sizes = _SIZES if dims else _SIZES[:1]
+    return [
+        _case(spec, kind, inputs, outputs, f"{kind}.{index}", dict(zip(dims, size, strict=False)))
+        for index, size in enumerate(sizes)
+    ]
+
+
+def _case(
+    spec: NormSpec,
+    kind: str,
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    prefix: str,
+    sizes: Mapping[str, int],
+) -> Case:
+    # The legacy generator's stream is fixed for good, so a rebuild makes the same bytes.
+    random = np.random.RandomState(20150211)
+    values: dict[str, Array] = {}
+    stored: dict[str, Array] = {}
+    for port in inputs:
+        shape = tuple(sizes[d] if isinstance(d, str) else d for d in port.shape)
+        values[port.name], pattern = _draw(random, port, shape)
+        stored[f"{prefix}.in.{port.name}"] = _bits(pattern)
+    _replace_dependent(spec, inputs, values, stored, prefix)
+    answers = reference.run(spec, kind, values, debug=True)
+    tolerance: dict[str, float] = {}
+    for port in outputs:
+        answer = np.asarray(answers[port.name], np.float64)
+        tolerance[port.name] = _tolerance(port.dtype, values, answer)
+        if answer.size > _STORED:
+            at = np.sort(random.randint(0, answer.size, _STORED)).astype(np.int64)
+            stored[f"{prefix}.at.{port.name}"] = at
+            answer = answer.ravel()[at]
+        stored[f"{prefix}.out.{port.name}"] = answer
+    return Case(kind, prefix, values, answers, tolerance, stored)
+
+
+def _draw(random: np.random.RandomState, port: Port, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """A full input and the pattern it repeats."""
+    count = int(np.prod(shape, dtype=np.int64))
+    pattern: Array = random.randn(min(count, _STORED))
+    if port.name in ("gamma", "running_var", "inv_std"):
+        pattern = 0.5 + np.abs(pattern)
+    if port.name == "momentum":
+        pattern = np.full(1, 0.3)
+    pattern = pattern.astype(dtype_of(port.dtype))
+    if count <= _STORED:
+        pattern = pattern.reshape(shape)
+    return np.resize(pattern, shape), pattern
+
+
+def _replace_dependent(
+    spec: NormSpec,
+    inputs: Sequence[Port],
+    values: dict[str, Array],
+    stored: dict[str, Array],
+    prefix: str,
+) -> None:
+    """Statistics and y are those of a forward call, not free inputs."""
+    wanted = [p for p in inputs if p.name in ("mean", "inv_std", "y")]
+    if not wanted:
+        return
+    source = next(p for p in inputs if p.name in ("x", "y"))
+    affine = {n: v for n, v in values.items() if n in ("gamma", "beta")}
+    plain = replace(
+        spec,
+        weight="gamma" in affine,
+        bias="beta" in affine,
+        track_running_stats=False,
+        momentum=0.1,
+        convention="torch",
+    )
+    forward = reference.run(plain, "forward", {"x": values[source.name], **affine})
+    for port in wanted:
+        full = np.asarray(forward[port.name]).astype(dtype_of(port.dtype))
+        values[port.name] = full
+        stored[f"{prefix}.in.{port.name}"] = _bits(full)
+
+
+def _tolerance(dtype: str, values: Mapping[str, Array], answer: Array) -> float:
+    """The bound of a build's gate: 2e-5 of the largest answer in float32, 1e-12 in float64, one
+    unit of a half type on top. From the output, x_hat = (y - beta)/gamma loses |y|/|gamma| ulps.
+    """
+    largest = float(np.max(np.abs(answer), initial=0.0)) + 1e-3
+    relative = 1e-12 if dtype == "float64" else 2e-5
+    if "y" in values and "gamma" in values:
+        relative *= 1.0 + float(np.max(np.abs(values["y"].astype(np.float64)))) / float(
+            np.min(np.abs(values["gamma"].astype(np.float64)))
+        )
+    if dtype in ("float16", "bfloat16"):
+        relative += _UNITS[dtype]
+    return relative * largest
+
+
+def _bits(array: Array) -> Array:
+    return array.view(np.uint16) if array.dtype == dtype_of("bfloat16") else array
