@@ -15,7 +15,8 @@ from normgraph.graphs.backward import write_backward
 from normgraph.graphs.forward import write_forward
 from normgraph.graphs.frame import Frame
 from normgraph.graphs.layout import resolve_layout
-from normgraph.graphs.signature import check_kind, kinds
+from normgraph.graphs.signature import check_kind
+from normgraph.graphs.signature import kinds as kinds_of
 from normgraph.spec import NormSpec
 
 
@@ -31,7 +32,7 @@ def build(
 
     Args:
         spec: the operator and its options.
-        kind: one of `kinds(spec)`.
+        kind: one of `kinds(spec)`; its equations are derived in docs/derivations.md.
         shape: of x: ints and names, such as ("N", 64, "H", "W") or "N,64,H,W". A dim that
             parameters vary along, and the one groups split, must be an int.
         dtype: of x, y and their gradients: float16, bfloat16, float32 or float64. The first two
@@ -78,9 +79,9 @@ def export(
     Arguments as in `build`; `kinds` is all the spec has by default. Returns the files by kind.
     Nothing is written where a graph cannot be built. Raises `SpecError`.
     """
-    wanted = _every_kind(spec) if kinds is None else tuple(kinds)
+    wanted = kinds_of(spec) if kinds is None else tuple(kinds)
     if isinstance(kinds, str) or not wanted:
-        raise SpecError(f"kinds: expected a list of {', '.join(_every_kind(spec))}; got {kinds!r}")
+        raise SpecError(f"kinds: expected a list of {', '.join(kinds_of(spec))}; got {kinds!r}")
     dims = shape if isinstance(shape, str) else tuple(shape)
     models = {kind: build(spec, kind, dims, dtype) for kind in wanted}
     directory = Path(out)
@@ -89,6 +90,3 @@ def export(
     for kind, model in models.items():
         onnx.save(model, files[kind])
     return files
-
-
-_every_kind = kinds  # `export` has a parameter of that name
