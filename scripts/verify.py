@@ -15,6 +15,7 @@ report as "not run", with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -191,24 +192,23 @@ class _Run:
         models = {
             kind: verify_debug.debug_graph(self.spec, kind, shape, self.dtype) for kind in kinds
         }
-        kernels, reason = None, ""
-        try:
-            kernels = verify_debug.DebugKernels(models, self.target)
-        except NotRun as error:
-            reason = str(error)
-        for kind in kinds:
-            wanted = (*verify_debug.steps_of(self.spec), "dx")
-            outputs = [each for each in verify_debug.outputs_of(models[kind]) if each[0] in wanted]
-            graph = models[kind].SerializeToString()
-            for inputs in each_inputs:
-                given = inputs.take([each.name for each in models[kind].graph.input])
-                want = reference.run(self.spec, kind, given, debug=True)
-                kernel = reason if kernels is None else kernels.run(kind, given)
-                yield from _against_float64_and_onnx(
-                    f"{kind} (debug)", inputs, want, kernel, graph, given, outputs
-                )
-        if kernels is not None:
-            kernels.close()
+        with contextlib.ExitStack() as stack:
+            kernels: verify_debug.DebugKernels | str
+            try:
+                kernels = stack.enter_context(verify_debug.DebugKernels(models, self.target))
+            except NotRun as error:
+                kernels = str(error)
+            for kind, model in models.items():
+                wanted = (*verify_debug.steps_of(self.spec), "dx")
+                outputs = [each for each in verify_debug.outputs_of(model) if each[0] in wanted]
+                graph = model.SerializeToString()
+                for inputs in each_inputs:
+                    given = inputs.take([each.name for each in model.graph.input])
+                    want = reference.run(self.spec, kind, given, debug=True)
+                    kernel = kernels if isinstance(kernels, str) else kernels.run(kind, given)
+                    yield from _against_float64_and_onnx(
+                        f"{kind} (debug)", inputs, want, kernel, graph, given, outputs
+                    )
 
     def _names(self, kind: str, side: str) -> list[str]:
         return [entry["name"] for entry in self._manifest["kinds"][kind][side]]

@@ -67,12 +67,16 @@ class DebugKernels:
             raise NotRun("TVM is not installed: pip install 'normgraph[compile]'")
         self._outputs = {kind: outputs_of(model) for kind, model in models.items()}
         self._folder = tempfile.TemporaryDirectory(prefix="normgraph-debug-")
-        source = Path(self._folder.name, "graphs")
-        source.mkdir()
-        for kind, model in models.items():
-            onnx.save(model, source / f"{kind}.onnx")
-        path = normgraph.compile.build(source, target, out=Path(self._folder.name, "artifact"))
-        self._operator = normgraph.load(path)
+        try:
+            source = Path(self._folder.name, "graphs")
+            source.mkdir()
+            for kind, model in models.items():
+                onnx.save(model, source / f"{kind}.onnx")
+            path = normgraph.compile.build(source, target, out=Path(self._folder.name, "artifact"))
+            self._operator = normgraph.load(path)
+        except BaseException:
+            self._folder.cleanup()
+            raise
 
     def run(self, kind: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Every output of the debug kernel of `kind`."""
@@ -80,5 +84,8 @@ class DebugKernels:
         names = [name for name, _ in self._outputs[kind]]
         return dict(zip(names, map(np.asarray, found), strict=True))
 
-    def close(self) -> None:
+    def __enter__(self) -> DebugKernels:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
