@@ -36,6 +36,10 @@ class Adapter(Protocol):
     def noun(self) -> str:
         """How messages name one of its arrays."""
 
+    @property
+    def notes_writes(self) -> bool:
+        """Whether `written` does anything."""
+
     def native_dtypes(self, names: Sequence[str]) -> tuple[Any, ...]:
         """The library's dtype objects; None where arrays of that dtype never pass `ready`."""
 

@@ -29,7 +29,7 @@ class _Fast:
         self.empty = adapter.empty
         self.has_zero = adapter.has_zero
         self.scalar = adapter.scalar
-        self.written = adapter.written
+        self.written = adapter.written if adapter.notes_writes else None
         self.inputs = adapter.native_dtypes([spec.dtype for spec in signature.inputs])
         self.outputs = adapter.native_dtypes([spec.dtype for spec in signature.outputs])
 
@@ -120,7 +120,7 @@ class Call:
             selection = self._select(*freeze(self.signature, want, grad_req))
         if named or len(args) != self._arity:
             args = self._bind(args, named)
-        fast = self._fast.get(type(args[0]))
+        fast = self._fast.get(args[0].__class__)
         if fast is not None:
             if self._takes_momentum and type(args[-1]) is float:
                 args = (*args[:-1], fast.scalar(args[-1], self.signature.inputs[-1].dtype))
@@ -158,7 +158,7 @@ class Call:
             for index in selection.wanted:
                 (buffers[index],) = fast.empty((shapes[index],), (fast.outputs[index],))
         self._function(*args, *buffers, selection.request)
-        if out is not None:
+        if fast.written is not None and out is not None:
             fast.written(out.values())
         if selection.result is None:
             return buffers[selection.wanted[0]]
@@ -181,8 +181,9 @@ class Call:
         buffers = self._placeholders.copy()
         others = args
         left = len(out)
+        names = self._names
         for index in selection.wanted:
-            array = out.get(self._names[index])
+            array = out.get(names[index])
             if array is not None:
                 left -= 1
                 beside = others

@@ -15,6 +15,7 @@ from normgraph.runtime.dlpack import AnyArray
 from normgraph.runtime.signature import Shape
 
 noun = "DLPack array"
+notes_writes = False
 
 
 def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from normgraph.runtime.dlpack import AnyArray
 from normgraph.runtime.signature import Shape
 
 noun = "numpy array"
+notes_writes = False
 
 # Bits of ndarray.flags.num: C-contiguous, aligned, writeable (NumPy exports no read-only memory).
 _READY = 0x1 | 0x100 | 0x400

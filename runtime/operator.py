@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm_ffi
@@ -26,24 +26,26 @@ class Operator:
     """A loaded artifact: one callable a kind, over the shapes and the dtype it was built for.
 
     `forward`, `inference`, `backward`, `backward_frozen` and `backward_from_output` are there where
-    the artifact holds them (`kinds`); see `Call` for how each is called and what it returns.
+    the artifact holds them (`kinds`); see `Call` and its `__call__` for how each is called and
+    what it returns.
 
     It may be used from many threads at once. After a fork, use it in the child only where no call
     was under way in the parent; start processes with "spawn" otherwise.
     """
 
-    forward: Call
-    inference: Call
-    backward: Call
-    backward_frozen: Call
-    backward_from_output: Call
+    forward: Callable[..., Any]
+    inference: Callable[..., Any]
+    backward: Callable[..., Any]
+    backward_frozen: Callable[..., Any]
+    backward_from_output: Callable[..., Any]
 
     def __init__(self, artifact: Artifact, calls: Mapping[str, Call]) -> None:
         self._artifact = artifact
         # A manifest's objects are not in a meaningful order; the table of kinds is.
         known = [kind for kind in KINDS if kind in calls]
         self._calls = {kind: calls[kind] for kind in dict.fromkeys((*known, *calls))}
-        self.__dict__.update((kind, calls[kind]) for kind in known)
+        # Python calls a bound method faster than an object that has __call__.
+        self.__dict__.update((kind, calls[kind].__call__) for kind in known)
 
     def __getattr__(self, name: str) -> Any:
         if name in KINDS:

@@ -13,6 +13,7 @@ from normgraph.runtime.signature import Shape
 
 torch: Any = sys.modules["torch"]
 noun = "torch tensor"
+notes_writes = True
 
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
