@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,7 +133,7 @@ def _replace_dependent(
         weight="gamma" in affine,
         bias="beta" in affine,
         track_running_stats=False,
-        momentum=0.1,
+        momentum=math.nan,
         convention="torch",
     )
     forward = reference.run(plain, "forward", {"x": values[source.name], **affine})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from normgraph.errors import SpecError
@@ -106,7 +107,7 @@ class NormSpec:
             if not self._takes("eps=None"):
                 raise self._refuse("eps=None", None, "Give eps a number, such as 1e-5.")
             return
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
+        if not _is_number(self.eps):
             raise SpecError(f"eps: expected a number; got {self.eps!r}")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise SpecError(f"eps: expected a finite number of at least 0; got {self.eps!r}")
@@ -118,13 +119,14 @@ class NormSpec:
                 raise SpecError(
                     f"{self.op} needs groups, an int of at least 1; got {self.groups!r}"
                 )
+            self._set("groups", int(self.groups))
         elif self.groups is not None:
             raise self._refuse("groups", self.groups, "Leave groups out.")
         if self._takes("normalized_ndim"):
             ndim = 1 if self.normalized_ndim is None else self.normalized_ndim
             if not _is_int(ndim) or ndim < 1:
                 raise SpecError(f"normalized_ndim: expected an int of at least 1; got {ndim!r}")
-            self._set("normalized_ndim", ndim)
+            self._set("normalized_ndim", int(ndim))
         elif self.normalized_ndim is not None:
             raise self._refuse("normalized_ndim", self.normalized_ndim, "Leave it out.")
 
@@ -138,6 +140,7 @@ class NormSpec:
         self._set("bias", bias)
         if not _is_int(self.correction) or self.correction not in (0, 1):
             raise SpecError(f"correction: expected 0 or 1; got {self.correction!r}")
+        self._set("correction", int(self.correction))
         if self.correction and not self._takes("correction"):
             raise self._refuse("correction", self.correction, "Leave it out or give 0.")
         if self.param_dtype is not None:
@@ -159,7 +162,7 @@ class NormSpec:
         default = _DEFAULT_MOMENTUM[self.convention]
         momentum = self.momentum
         if momentum is not None:
-            if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+            if not _is_number(momentum):
                 raise SpecError(f"momentum: expected a number or None; got {momentum!r}")
             momentum = default if math.isnan(momentum) else float(momentum)
             if not 0 <= momentum <= 1:
@@ -208,5 +211,9 @@ class NormSpec:
         return cls(**values)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
