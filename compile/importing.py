@@ -6,7 +6,8 @@ from typing import Any
 
 import onnx
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm.ir.prim.expr import IntImm
 from tvm.relax.frontend.onnx import from_onnx
 
 
@@ -53,3 +54,34 @@ def fuse(module: Any) -> Any:
             out = builder.emit_output(relax.Call(fused, outer.params))
         builder.emit_func_output(out)
     return relax.transform.FuseTIR()(builder.get())["fused"]
+
+
+def with_every_input(func: Any, model: onnx.ModelProto) -> Any:
+    """The function with the inputs that the graph declares and no node reads, in their places.
+
+    The import drops them, but a caller passes all of a graph's inputs.
+    """
+    present = {param.name: param for param in func.params}
+    n_outputs = len(model.graph.output)
+    outputs = list(func.params)[len(func.params) - n_outputs :]
+    symbols = {
+        dim.name: dim for param in func.params for dim in param.shape if isinstance(dim, tirx.Var)
+    }
+    inputs = [
+        present[i.name] if i.name in present else _unread(i, symbols) for i in model.graph.input
+    ]
+    if len(inputs) + n_outputs == len(func.params):
+        return func
+    return tirx.PrimFunc([*inputs, *outputs], func.body, func.ret_type, func.attrs)
+
+
+def _unread(value: onnx.ValueInfoProto, symbols: dict[str, Any]) -> Any:
+    tensor = value.type.tensor_type
+    shape = [
+        symbols.setdefault(d.dim_param, tirx.Var(d.dim_param, "int64"))
+        if d.HasField("dim_param")
+        else IntImm("int64", d.dim_value)
+        for d in tensor.shape.dim
+    ]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return tirx.decl_buffer(shape, dtype, value.name)

@@ -63,7 +63,7 @@ def schedule(
         dump(kind, "2-import", "relax.py", module.script)
         module = importing.legalize(module)
         dump(kind, "3-legalise", "relax.py", module.script)
-        func = importing.fuse(module)
+        func = importing.with_every_input(importing.fuse(module), model)
         dump(kind, "4-fuse", "tir.py", func.script)
         scheduled = _first_rule(kind, func, [o.name for o in model.graph.output], target, progress)
         dump(kind, f"5-schedule-{scheduled.rule}", "tir.py", scheduled.func.script)
