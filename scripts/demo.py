@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,24 @@ def jobs(width: int) -> tuple[Job, ...]:
     )
 
 
-def run_job(job: Job, x: Array, parameters: dict[str, Array], out: Path, rounds: int) -> Result:
+def run_job(
+    job: Job,
+    x: Array,
+    parameters: dict[str, Array],
+    out: Path,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> Result:
     """Export, compile, verify, forward, backward and time one operator on the batch x.
 
-    The loss is half the squared distance of y from its mirror image, which is held constant:
-    dy = y - y mirrored.
+    The loss is half the mean square of what y has above 0.8: dy = max(y - 0.8, 0).
     """
     op = job.spec.op
-    say = Progress(f"{op}: ")
     folder = out / op
+
+    def say(step: str) -> None:
+        progress(f"{op}: {step}")
+
     say("export")
     normgraph.graphs.export(job.spec, shape=job.shape, out=folder / "graphs")
     path = normgraph.compile.build(
@@ -81,7 +90,7 @@ def run_job(job: Job, x: Array, parameters: dict[str, Array], out: Path, rounds:
         out=folder / "cpu",
         progress=lambda step: say(f"compile: {step}"),
     )
-    random = verify(path, progress=lambda step: say(f"verify: {step}"))
+    random = verify(path, progress=lambda step: progress(f"verify {step}"))
     operator = normgraph.load(path)
     say("forward and backward on the photographs")
     y, dy = forward_and_gradient(operator, x, parameters)
@@ -107,7 +116,7 @@ def forward_and_gradient(
     )
     found = operator.forward(x, *given, *running)
     saved = (found.inv_std,) if spec.op == "rms_norm" else (found.mean, found.inv_std)
-    dy = found.y - found.y[..., ::-1]
+    dy = np.maximum(found.y - np.float32(0.8), np.float32(0.0))
     gradients = operator.backward(dy, x, given[0], *saved)
     for name, gradient in zip(gradients._fields, gradients, strict=True):
         if not np.isfinite(gradient).all():
@@ -147,15 +156,19 @@ def accuracy_table(results: Sequence[Result]) -> str:
                     result.job.spec.op,
                     kind,
                     output,
-                    f"{own.max_rel:.1e}",
-                    "" if other is None or other.max_rel is None else f"{other.max_rel:.1e}",
+                    _short(own.max_rel),
+                    _short(None if other is None else other.max_rel),
                     "" if own.ulp is None else f"{own.ulp:.2g}",
-                    "" if own.tolerance is None else f"{own.tolerance:.1e}",
+                    _short(own.relative_tolerance),
                     own.status,
                 )
             )
-    headers = ("operator", "kind", "output", "ours", "onnxruntime", "ulp", "allowed (abs)", "")
+    headers = ("operator", "kind", "output", "ours", "onnxruntime", "ulp", "allowed", "")
     return table(rows, headers)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def speed_table(results: Sequence[Result]) -> str:
@@ -189,12 +202,13 @@ def run(
     """The demo on pictures (P, 3, H, W): every operator, or only those named."""
     x = demo_pictures.exposures(pictures)
     parameters = colours(pictures)
+    progress = Progress()
     results = []
     for job in jobs(x.shape[3]):
         if operators and job.spec.op not in operators:
             continue
         given = dict(zip(("gamma", "beta"), _parameters(job.spec, x, parameters), strict=False))
-        results.append(run_job(job, x, given, out, rounds))
+        results.append(run_job(job, x, given, out, rounds, progress))
         if job.spec.op == "instance_norm":
             caption = "InstanceNorm on two photographs, each in four exposures"
             picture = out / "instance_norm.png"
@@ -210,7 +224,7 @@ def report(results: Sequence[Result], out: Path) -> str:
     lines = [
         "",
         f"Accuracy on the photographs, x of ({size}) float32:",
-        "largest error over largest value, against float64 NumPy",
+        "largest error over largest value, against float64 NumPy, and what ours was allowed",
         "",
         accuracy_table(results),
         "",

@@ -48,6 +48,13 @@ class Row:
     source: str = ""
     reason: str = ""
 
+    @property
+    def relative_tolerance(self) -> float | None:
+        """The tolerance over the largest expected value, to be read beside `max_rel`."""
+        if self.tolerance is None or not self.max_abs or not self.max_rel:
+            return None
+        return self.tolerance * self.max_rel / self.max_abs
+
 
 def compare(
     place: tuple[str, str, str, str, str],
