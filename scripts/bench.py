@@ -53,7 +53,7 @@ def bench(
     cost of building and compiling a graph and of a small call. Raises AccuracyError where a peer's
     result is wrong, and the errors of `normgraph.load`.
     """
-    threads = cores()
+    threads, measured_on = cores(), machine()
     pin_threads(threads)
     # Before the library is loaded: it binds TVM's pool if that is there, a serial loop if not.
     pool = _import_tvm()
@@ -77,7 +77,7 @@ def bench(
         operator=operator.spec.op,
         dtype=operator.dtype,
         shape=size,
-        machine=machine(),
+        machine=measured_on,
         versions={**versions(), **_torch_version()},
         rows=tuple(rows),
         overheads=costs,

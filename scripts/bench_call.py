@@ -22,10 +22,10 @@ def costs(path: str, shape: tuple[int, ...]) -> dict[str, float]:
     if "inference" in operator.kinds:
         arguments = _arguments(operator, "inference", shape)
         out = {"y": np.empty_like(arguments[0])}
-        found["inference"] = time_small(lambda: operator.inference(*arguments, out=out)).median
+        found["inference"] = time_small(lambda: operator.inference(*arguments, out=out))
     if "backward" in operator.kinds:
         given = _arguments(operator, "backward", shape)
-        found["backward"] = time_small(lambda: operator.backward(*given)).median
+        found["backward"] = time_small(lambda: operator.backward(*given))
     return found
 
 

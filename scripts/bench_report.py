@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ class BenchReport:
         size = ",".join(map(str, self.shape))
         lines = [
             f"{self.artifact}: {self.operator} {self.dtype} ({size})",
-            f"{machine['processor']}, {machine['cores']} cores, {machine['system']}",
+            f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "
+            f"load {machine['load']} before the start",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "",
             _HEADER,
@@ -92,6 +94,8 @@ class BenchReport:
                 f"{start}{row.threads:<8}{t.median * 1e3:10.3f}{t.low * 1e3:9.3f}"
                 f"{t.high * 1e3:9.3f}{row.gigabytes_per_second or 0.0:7.1f}{row.ratio or 0.0:7.2f}"
             )
+        if machine["load"] > 1.0:
+            lines += ["", "The machine was busy: figures and ratios are not to be trusted."]
         lines += ["", "ratio: median over that of normgraph with given outputs."]
         lines += ["GB/s: x read and y written (with dy read in a backward), over the median."]
         if self.overheads is not None:
@@ -124,12 +128,16 @@ def overhead_lines(costs: Overheads) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the cores this process may use, the system and the Python."""
+    """The processor, the cores this process may use, the system, the Python and the load.
+
+    `load` is how many processes wanted a core on average over the last minute.
+    """
     return {
         "processor": _processor(),
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

@@ -99,7 +99,7 @@ def markdown(reports: Sequence[BenchReport]) -> str:
     lines = [
         _INTRODUCTION,
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, "
-        f"Python {machine['python']}.",
+        f"Python {machine['python']}, load {machine['load']} before the start.",
         "Versions: " + ", ".join(f"{name} {each}" for name, each in first.versions.items()) + ".",
         f"Threads: {_threads(first)}.",
     ]

@@ -127,9 +127,8 @@ def test_small_calls_are_timed_in_batches() -> None:
     def call() -> None:
         count[0] += 1
 
-    timing = time_small(call, batches=3, batch=10)
-    assert count[0] == 50
-    assert timing.calls == 3
+    assert time_small(call, batches=3, batch=10) > 0.0
+    assert count[0] == 30
 
 
 def test_a_small_shape_needs_a_name() -> None:
