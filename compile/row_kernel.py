@@ -1,9 +1,9 @@
 """One row: contiguous elements read once, for all sums and outputs of a pass together.
 
 The row is done in vectors of several registers, then single vectors, then single elements, so that
-any length works without masks. A sum keeps one accumulator a lane and adds the lanes pairwise at
-the end: exact order for any length, no reassociation left to the compiler, and an error that grows
-with length / lanes.
+any length works without masks. A sum keeps one accumulator a lane, moves it into a second one after
+every run of vectors, and adds the lanes pairwise at the end. The order is fixed, no reassociation
+is left to the compiler, and the error grows with run + length / (lanes * run), not with length.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, loop, plus, seq, times, zero
+
+# Vectors that one accumulator takes before it is moved on; rows of a million elements have as many
+# runs as a run has vectors.
+_RUN = 64
 
 # A value or a store at element `index` of the row.
 At = Callable[[Expr], Expr]
@@ -54,11 +58,13 @@ def row(
         return seq([*added, *(s.store(index) for s in stores)])
 
     def vectors(start: Expr, count: Expr, width: int, name: str) -> Stmt:
+        part = "run" if name == "block" else "vector"
+
         def one(block: Expr) -> Stmt:
             base = plus(start, times(block, i64(width)))
             return loop(
                 i64(width),
-                lambda lane: at(plus(base, lane), "vector", lane),
+                lambda lane: at(plus(base, lane), part, lane),
                 name="lane",
                 kind="vectorized",
             )
@@ -67,7 +73,9 @@ def row(
 
     n_wide = bind("n_wide", _floordiv(length, wide), body)
     done = bind("done_wide", times(n_wide, i64(wide)), body)
-    if constant(n_wide) != 0:
+    if constant(n_wide) != 0 and accumulators:
+        body.append(_in_runs(n_wide, wide, accumulators, vectors))
+    elif constant(n_wide) != 0:
         body.append(vectors(i64(0), n_wide, wide, "block"))
     if unroll > 1:
         n_single = bind("n_single", _floordiv(_minus(length, done), lanes), body)
@@ -82,31 +90,73 @@ def row(
     return seq(body)
 
 
+def _in_runs(
+    n_wide: Expr,
+    wide: int,
+    accumulators: list[_Accumulator],
+    vectors: Callable[[Expr, Expr, int, str], Stmt],
+) -> Stmt:
+    """The multi-register part, with each accumulator emptied after every run."""
+    known = constant(n_wide)
+    if known is not None:
+        runs = i64(-(-known // _RUN))
+    else:
+        runs = tirx.FloorDiv(plus(n_wide, i64(_RUN - 1)), i64(_RUN))
+
+    def run(index: Expr) -> Stmt:
+        done = times(index, i64(_RUN))
+        if known is not None and known <= _RUN:
+            count: Expr = i64(known)
+        else:
+            count = tirx.Min(i64(_RUN), tirx.Sub(n_wide, done))
+        stmts = [stmt for acc in accumulators for stmt in acc.start_run()]
+        stmts.append(vectors(times(done, i64(wide)), count, wide, "block"))
+        stmts += [acc.end_run() for acc in accumulators]
+        return seq(stmts)
+
+    return loop(runs, run, name="run")
+
+
 class _Accumulator:
     def __init__(self, row_sum: RowSum, wide: int, lanes: int) -> None:
         self.sum = row_sum
         self.wide = wide
         dtype = row_sum.dtype
         self.vector: Any = tirx.decl_buffer((wide,), dtype, "lanes", scope="global")
+        self.run: Any = tirx.decl_buffer((wide,), dtype, "run_lanes", scope="global")
         self.rest: Any = tirx.decl_buffer((1,), dtype, "rest_sum", scope="global")
 
     def start(self) -> list[Stmt]:
         none = zero(self.sum.dtype)
-        clear = loop(
-            i64(self.wide),
-            lambda v: tirx.BufferStore(self.vector, none, [v]),
-            name="lane",
-            kind="vectorized",
-        )
         return [
             tirx.AllocBuffer(self.vector),
             tirx.AllocBuffer(self.rest),
-            clear,
+            self._each(self.vector, lambda lane: none),
             tirx.BufferStore(self.rest, none, [i64(0)]),
         ]
 
+    def start_run(self) -> list[Stmt]:
+        none = zero(self.sum.dtype)
+        return [tirx.AllocBuffer(self.run), self._each(self.run, lambda lane: none)]
+
+    def end_run(self) -> Stmt:
+        def grown(lane: Expr) -> Expr:
+            return tirx.Add(tirx.BufferLoad(self.vector, [lane]), tirx.BufferLoad(self.run, [lane]))
+
+        return self._each(self.vector, grown)
+
+    def _each(self, buffer: Any, value: At) -> Stmt:
+        """Store a value into every lane."""
+        return loop(
+            i64(self.wide),
+            lambda lane: tirx.BufferStore(buffer, value(lane), [lane]),
+            name="lane",
+            kind="vectorized",
+        )
+
     def add(self, part: str, lane: Expr, index: Expr) -> Stmt:
-        buffer, at = (self.vector, lane) if part == "vector" else (self.rest, i64(0))
+        buffer = {"run": self.run, "vector": self.vector, "rest": self.rest}[part]
+        at = i64(0) if part == "rest" else lane
         value = tirx.Add(tirx.BufferLoad(buffer, [at]), self.sum.value(index))
         return tirx.BufferStore(buffer, value, [at])
 

@@ -92,7 +92,7 @@ def _case(
     tolerance: dict[str, float] = {}
     for port in outputs:
         answer = np.asarray(answers[port.name], np.float64)
-        tolerance[port.name] = _tolerance(port.dtype, values, answer)
+        tolerance[port.name] = _tolerance(port.name, port.dtype, values, answer)
         if answer.size > _STORED:
             at = np.sort(random.randint(0, answer.size, _STORED)).astype(np.int64)
             stored[f"{prefix}.at.{port.name}"] = at
@@ -143,19 +143,41 @@ def _replace_dependent(
         stored[f"{prefix}.in.{port.name}"] = _bits(full)
 
 
-def _tolerance(dtype: str, values: Mapping[str, Array], answer: Array) -> float:
-    """The bound of a build's gate: 2e-5 of the largest answer in float32, 1e-12 in float64, one
-    unit of a half type on top. From the output, x_hat = (y - beta)/gamma loses |y|/|gamma| ulps.
+def _tolerance(name: str, dtype: str, values: Mapping[str, Array], answer: Array) -> float:
+    """The bound of a build's gate: 2e-5 of the output's size in float32, 1e-12 in float64, one unit
+    of a half type on top. From the output, x_hat = (y - beta)/gamma loses |y|/|gamma| ulps.
     """
-    largest = float(np.max(np.abs(answer), initial=0.0)) + 1e-3
+    size = max(float(np.max(np.abs(answer), initial=0.0)), _terms(name, values))
     relative = 1e-12 if dtype == "float64" else 2e-5
     if "y" in values and "gamma" in values:
-        relative *= 1.0 + float(np.max(np.abs(values["y"].astype(np.float64)))) / float(
+        relative *= 1.0 + _largest(values["y"]) / float(
             np.min(np.abs(values["gamma"].astype(np.float64)))
         )
     if dtype in ("float16", "bfloat16"):
         relative += _UNITS[dtype]
-    return relative * largest
+    return relative * size
+
+
+def _terms(name: str, values: Mapping[str, Array]) -> float:
+    """The size of the terms an output is the sum of. Rounding is relative to it where they cancel,
+    as they do in dx of short rows and in delta always.
+    """
+    scale = _largest(values["gamma"]) if "gamma" in values else 1.0
+    if "inv_std" in values:
+        scale *= _largest(values["inv_std"])
+    if name in ("dx", "dmean", "dvar"):
+        return scale * _rms(values["dy"])
+    if name in ("dgamma", "dbeta"):
+        return _rms(values["dy"])
+    return _rms(values["x"]) if "x" in values else 0.0
+
+
+def _largest(array: Array) -> float:
+    return float(np.max(np.abs(array.astype(np.float64)), initial=0.0))
+
+
+def _rms(array: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(array.astype(np.float64))))) if array.size else 0.0
 
 
 def _bits(array: Array) -> Array:
