@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from normgraph.scripts import bench
+
 
 @pytest.fixture
 def copy(artifact: Path, tmp_path: Path) -> Path:
@@ -119,9 +121,27 @@ def test_verify_refuses_a_shape_that_does_not_fit(cli: Callable[..., Any], artif
     assert "N,4,L" in err
 
 
-def test_bench(cli: Callable[..., Any], artifact: Path) -> None:
-    arguments = ("--shape", "2,4,7", "--kinds", "inference", "--json")
-    code, out, err = cli("bench", artifact, *arguments)
-    assert code == 0
-    assert json.loads(out)["shape"] == [2, 4, 7]
-    assert " s] " in err
+@pytest.mark.parametrize(("flag", "text"), [((), "a table"), (("--json",), "{}")])
+def test_bench_passes_its_options_on(
+    flag: tuple[str, ...], text: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measuring itself is tested with the bench."""
+    asked: list[Any] = []
+
+    class FakeReport:
+        def to_text(self) -> str:
+            return "a table"
+
+        def to_json(self) -> str:
+            return "{}"
+
+    def fake(path: Path, shape: Any, *, kinds: Any, progress: Callable[[str], None]) -> FakeReport:
+        asked.extend([path, shape, kinds])
+        progress("measuring")
+        return FakeReport()
+
+    monkeypatch.setattr(bench, "bench", fake)
+    code, out, err = cli("bench", "in", "--shape", "2,4,7", "--kinds", "forward,inference", *flag)
+    assert (code, out) == (0, text + "\n")
+    assert asked == [Path("in"), (2, 4, 7), ("forward", "inference")]
+    assert "measuring" in err
