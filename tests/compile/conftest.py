@@ -1,0 +1,254 @@
+"""Kernels called as they lie in a library, without the runtime, and their float64 answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import tvm
+import tvm_ffi
+
+import normgraph as ng
+from normgraph.compile import importing, link, pipeline, resolve
+from normgraph.compile.tensor_program import TensorProgram, read
+
+Array = npt.NDArray[Any]
+NULL, WRITE, ADD = 0, 1, 2
+UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+class Kernels:
+    """The packed functions of one artifact (or of graphs compiled in place) and their ports."""
+
+    def __init__(self, module: Any, spec: ng.NormSpec, ports: Mapping[str, Any]) -> None:
+        self.module = module
+        self.spec = spec
+        self.ports = ports
+        self.kinds = tuple(ports)
+
+    def inputs(
+        self, kind: str, sizes: Mapping[str, int] | None = None, *, seed: int = 0, mean: float = 0.0
+    ) -> dict[str, Array]:
+        """N(mean, 1) input; statistics and y are those of a forward call on it."""
+        rng = np.random.default_rng(seed)
+        drawn: dict[str, Array] = {}
+        wanted = self.ports[kind]["inputs"]
+        for port in wanted:
+            shape = tuple(d if isinstance(d, int) else (sizes or {})[d] for d in port["shape"])
+            values: Array = rng.standard_normal(shape)
+            if port["name"] in ("x", "running_mean"):
+                values = values + mean
+            if port["name"] in ("gamma", "running_var", "inv_std"):
+                values = 0.5 + np.abs(values)
+            if port["name"] == "momentum":
+                values = np.asarray(0.3)
+            drawn[port["name"]] = np.asarray(values).astype(dtype_of(port["dtype"]))
+        if any(port["name"] in ("mean", "inv_std") for port in wanted):
+            plain = replace(
+                self.spec,
+                weight="gamma" in drawn,
+                bias="beta" in drawn,
+                track_running_stats=False,
+                momentum=0.1,
+                convention="torch",
+            )
+            affine = {n: drawn[n] for n in ("gamma", "beta") if n in drawn}
+            source = drawn.get("x", drawn.get("y"))
+            assert source is not None
+            made = ng.graphs.reference.run(plain, "forward", {"x": source, **affine})
+            for port in wanted:
+                if port["name"] in ("mean", "inv_std", "y"):
+                    drawn[port["name"]] = made[port["name"]].astype(dtype_of(port["dtype"]))
+        return drawn
+
+    def answers(self, kind: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        made = ng.graphs.reference.run(self.spec, kind, inputs, debug=True)
+        return {port["name"]: made[port["name"]] for port in self.ports[kind]["outputs"]}
+
+    def shapes(self, kind: str, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+        """The shape of each output for these inputs."""
+        sizes: dict[str, int] = {}
+        for port in self.ports[kind]["inputs"]:
+            sizes.update(zip(map(str, port["shape"]), inputs[port["name"]].shape, strict=True))
+        return {
+            port["name"]: tuple(sizes[d] if isinstance(d, str) else d for d in port["shape"])
+            for port in self.ports[kind]["outputs"]
+        }
+
+    def call(
+        self,
+        kind: str,
+        inputs: Mapping[str, Array],
+        requests: Mapping[str, int] | None = None,
+        outputs: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Run a kernel into copies of `outputs` (NaN by default); `requests` are write by default.
+
+        A missing request is null where `requests` is given.
+        """
+        req = 0
+        made = []
+        for k, port in enumerate(self.ports[kind]["outputs"]):
+            name = port["name"]
+            req |= (WRITE if requests is None else requests.get(name, NULL)) << (2 * k)
+            if outputs is not None and name in outputs:
+                start = outputs[name]
+            else:
+                shape = self.shapes(kind, inputs)[name]
+                start = np.full(shape, np.nan, dtype_of(port["dtype"]))
+            made.append(tensor(start))
+        self.module[kind](*(tensor(inputs[p["name"]]) for p in self.ports[kind]["inputs"]),
+                          *made, req)  # fmt: skip
+        names = [port["name"] for port in self.ports[kind]["outputs"]]
+        return {name: out.numpy() for name, out in zip(names, made, strict=True)}
+
+    def check(self, kind: str, inputs: Mapping[str, Array], bound: float = 2e-5) -> None:
+        """Every output within `bound` of its largest value in float32, and as `close` says."""
+        got, want = self.call(kind, inputs), self.answers(kind, inputs)
+        for port in self.ports[kind]["outputs"]:
+            name = port["name"]
+            close(got[name], want[name], port["dtype"], bound * self.growth(inputs), name)
+
+    @staticmethod
+    def growth(inputs: Mapping[str, Array]) -> float:
+        """How much x_hat = (y - beta) / gamma enlarges a rounding error."""
+        if "y" not in inputs or "gamma" not in inputs:
+            return 1.0
+        largest = np.max(np.abs(inputs["y"].astype(np.float64)))
+        return float(1 + largest / np.min(np.abs(inputs["gamma"].astype(np.float64))))
+
+
+def tensor(values: Array) -> Any:
+    return tvm.runtime.tensor(np.array(values, order="C"))
+
+
+def close(got: Array, want: Array, dtype: str, bound: float, message: str = "") -> None:
+    """|got - want| <= bound * max|want|; one unit in the last place on top for half types."""
+    assert got.shape == want.shape, message
+    largest = float(np.max(np.abs(want), initial=0.0)) + 1e-3
+    if dtype == "float64":
+        bound *= 5e-8
+    error = np.abs(got.astype(np.float64) - want)
+    allowed = bound * largest + UNIT.get(dtype, 0.0) * np.abs(want)
+    worst = np.max(error - allowed, initial=-1.0)
+    at = np.unravel_index(int(np.argmax(error)), error.shape) if error.size else ()
+    assert worst <= 0, f"{message}: off by {error.max():.3g} at {at}, largest {largest:.3g}"
+
+
+def ports_of(model: onnx.ModelProto) -> dict[str, Any]:
+    """The inputs and outputs of a graph as a manifest lists them."""
+    names = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
+
+    def entry(value: onnx.ValueInfoProto) -> dict[str, Any]:
+        kind = value.type.tensor_type
+        shape = [d.dim_param if d.dim_param else int(d.dim_value) for d in kind.shape.dim]
+        return {"name": value.name, "dtype": names[kind.elem_type], "shape": shape}
+
+    graph = model.graph
+    return {"inputs": [entry(v) for v in graph.input], "outputs": [entry(v) for v in graph.output]}
+
+
+# The artifacts of tests/accuracy, so that the whole suite builds them once.
+ROWS: dict[str, tuple[ng.NormSpec, tuple[int | str, ...]]] = {
+    "batch_norm": (ng.NormSpec("batch_norm"), ("N", 6, "H", "W")),
+    "instance_norm": (ng.NormSpec("instance_norm", track_running_stats=True), ("N", 6, "H", "W")),
+    "group_norm": (ng.NormSpec("group_norm", groups=2), ("N", 6, "H", "W")),
+    "layer_norm": (ng.NormSpec("layer_norm"), ("N", "T", 37)),
+    "rms_norm": (ng.NormSpec("rms_norm"), ("N", "T", 37)),
+}
+
+
+@pytest.fixture(scope="session")
+def kernels(build_artifact: Callable[..., Path]) -> Callable[..., Kernels]:
+    """kernels(spec, shape, dtype, kinds): the kernels of an artifact for this host, built once."""
+    made: dict[Path, Kernels] = {}
+
+    def get(*args: Any, **options: Any) -> Kernels:
+        path = build_artifact(*args, **options)
+        if path not in made:
+            made[path] = opened(path)
+        return made[path]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def row(kernels: Callable[..., Kernels]) -> Callable[..., Kernels]:
+    """row(op, dtype): the kernels of one operator with its usual options."""
+    return lambda op, dtype="float32": kernels(*ROWS[op], dtype)
+
+
+def opened(path: Path) -> Kernels:
+    """The kernels of the artifact directory `path`."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    module = tvm_ffi.load_module(str(path / manifest["libraries"][0]["file"]))
+    return Kernels(module, ng.NormSpec.from_dict(manifest["spec"]), manifest["kinds"])
+
+
+@pytest.fixture(scope="session")
+def open_kernels() -> Callable[[Path], Kernels]:
+    """open_kernels(path): see `opened`."""
+    return opened
+
+
+@pytest.fixture(scope="session")
+def compile_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Kernels]:
+    """compile_models(spec, models, rule=None, target="cpu"): kernels without an artifact.
+
+    models: ONNX graphs by the name their function gets. rule: a schedule rule to use by itself.
+    """
+
+    def make(
+        spec: ng.NormSpec,
+        models: Mapping[str, onnx.ModelProto],
+        rule: Any = None,
+        target: str = "cpu",
+    ) -> Kernels:
+        goal = resolve(target)
+        dump = pipeline.Dump(None)
+        scheduled = {}
+        for name, model in models.items():
+            if rule is None:
+                scheduled[name] = pipeline.schedule(name, model, goal, dump, lambda line: None)
+                continue
+            func = fused(model)
+            names = [output.name for output in model.graph.output]
+            made = rule.apply(func, names, goal.vector_bytes)
+            scheduled[name] = pipeline.Scheduled(made, rule.NAME)
+        folder = tmp_path_factory.mktemp("kernels")
+        pipeline.generate(scheduled, goal, folder / "k.o", dump)
+        assert link.link(folder / "k.o", folder / "k.so", goal)
+        module = tvm_ffi.load_module(str(folder / "k.so"))
+        return Kernels(module, spec, {name: ports_of(model) for name, model in models.items()})
+
+    return make
+
+
+def fused(model: onnx.ModelProto) -> Any:
+    """The graph as one unscheduled PrimFunc."""
+    func = importing.fuse(importing.legalize(importing.to_relax(model)))
+    return importing.with_every_input(func, model)
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[..., TensorProgram]:
+    """program(spec, kind, shape, dtype): what is read from one graph."""
+    return lambda *args, **options: read(fused(ng.graphs.build(*args, **options)))
+
+
+@pytest.fixture(scope="session")
+def within() -> Callable[..., None]:
+    """within(got, want, dtype, bound, message): see `close`."""
+    return close
