@@ -11,6 +11,7 @@ import numpy as np
 from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime import dlpack, empty, rules
 from normgraph.runtime.adapters import Adapter, View, adapter_for_call
+from normgraph.runtime.numpy_call import plain_call
 from normgraph.runtime.options import GradReq, Selection, Want, check_out, freeze, select
 from normgraph.runtime.overlap import check_overlap
 from normgraph.runtime.signature import Shape, Signature, TensorSpec
@@ -67,7 +68,7 @@ class Call:
         self._gamma = -1
         if signature.kind == "backward_from_output":
             self._gamma = _index(signature, "gamma")
-        self._plans: dict[tuple[Shape, ...] | None, tuple[Shape, ...]] = {}
+        self._plans: dict[tuple[Shape, ...], tuple[Shape, ...]] = {}
         self._fast: dict[type, _Fast] = {}
         # Kernels do not touch an output that is not requested; any memory of its rank will do.
         self._placeholders = [
@@ -132,6 +133,12 @@ class Call:
                     if result is not None:
                         return result
         return self._full(args, selection, out, copy)
+
+    def function(self) -> Callable[..., Any]:
+        """This call as a function, which costs less where it is small; it does the same."""
+        if self._gamma >= 0:
+            return self.__call__
+        return plain_call(self.signature, self._function, self._every, self._plans, self.__call__)
 
     def _short(
         self,

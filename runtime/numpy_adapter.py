@@ -19,8 +19,8 @@ noun = "numpy array"
 notes_writes = False
 
 # Bits of ndarray.flags.num: C-contiguous, aligned, writeable (NumPy exports no read-only memory).
-_READY = 0x1 | 0x100 | 0x400
-_OWNS = 0x4
+READY = 0x1 | 0x100 | 0x400
+OWNS = 0x4
 
 
 def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
@@ -38,18 +38,18 @@ def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ..
             return None
         common &= array.flags.num
         shapes.append(array.shape)
-    if common & _READY != _READY:
+    if common & READY != READY:
         return None
-    return tuple(shapes), common & _OWNS != 0
+    return tuple(shapes), common & OWNS != 0
 
 
 def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:
     if type(array) is not ndarray or array.dtype is not dtype or array.shape != shape:
         return False
     flags = array.flags.num
-    if flags & _READY != _READY:
+    if flags & READY != READY:
         return False
-    if owned and flags & _OWNS:
+    if owned and flags & OWNS:
         # Arrays that each own their memory share none, unless they are one array.
         for other in others:  # noqa: SIM110  # a generator would double the cost of this check
             if other is array:

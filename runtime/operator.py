@@ -44,8 +44,7 @@ class Operator:
         # A manifest's objects are not in a meaningful order; the table of kinds is.
         known = [kind for kind in KINDS if kind in calls]
         self._calls = {kind: calls[kind] for kind in dict.fromkeys((*known, *calls))}
-        # Python calls a bound method faster than an object that has __call__.
-        self.__dict__.update((kind, calls[kind].__call__) for kind in known)
+        self.__dict__.update((kind, calls[kind].function()) for kind in known)
 
     def __getattr__(self, name: str) -> Any:
         if name in KINDS:

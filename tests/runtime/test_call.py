@@ -231,7 +231,8 @@ def test_what_an_operator_says_of_itself(op: Any) -> None:
     assert signature.outputs[0].shape == ("N", 3, "L")
     assert str(signature).endswith("running_var: float32[3]) -> (y: float32[N, 3, L])")
     assert "instance_norm float32[N, 3, L] for cpu: forward, inference" in repr(op)
-    assert "inference(x: float32[N, 3, L]" in repr(op.inference)
+    assert op.inference.__name__ == "inference"
+    assert op.inference.__doc__.startswith("inference(x: float32[N, 3, L]")
 
 
 def test_an_operator_pickles_as_its_path(op: Any, toy: Any) -> None:
@@ -246,4 +247,4 @@ def test_many_shapes_do_not_accumulate(op: Any, toy: Any) -> None:
     rest = toy.inputs("inference")[1:]
     for length in range(1, 1200):
         op.inference(np.ones((1, 3, length), np.float32), *rest)
-    assert len(op.inference.__self__._plans) <= 1024
+    assert len(op.inference.__wrapped__.__self__._plans) <= 1024

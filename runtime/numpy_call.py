@@ -1,0 +1,100 @@
+"""The plain call, plain NumPy arrays in and every output written, at the least cost in Python.
+
+A small call costs little more than passing its arrays to the kernel, so here nothing is looked up
+twice and no function is called that can be avoided. It knows no errors: whatever it is not sure of
+goes to the general call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from numpy import empty, ndarray
+
+from normgraph.runtime.numpy_adapter import OWNS, READY, native_dtypes
+from normgraph.runtime.options import Selection
+from normgraph.runtime.signature import Shape, Signature
+
+
+def plain_call(
+    signature: Signature,
+    kernel: Callable[..., Any],
+    selection: Selection,
+    plans: Mapping[tuple[Shape, ...], tuple[Shape, ...]],
+    general: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`general` with a short way for the plain call.
+
+    `selection` writes every output; `plans` holds the output shapes for the input shapes that are
+    known to be right, and `general` adds to it.
+    """
+    arity = len(signature.inputs)
+    names = signature.output_names
+    inputs = native_dtypes([spec.dtype for spec in signature.inputs])
+    outputs = native_dtypes([spec.dtype for spec in signature.outputs])
+    request, result = selection.request, selection.result
+    new = tuple.__new__
+    unsure = READY | OWNS
+
+    @wraps(general)
+    def call(
+        *args: Any,
+        out: Any = None,
+        want: Any = None,
+        grad_req: Any = "write",
+        copy: Any = True,
+        **named: Any,
+    ) -> Any:
+        if want is None and grad_req == "write" and not named and len(args) == arity:
+            flags = unsure
+            sizes = []
+            for array, dtype in zip(args, inputs):  # noqa: B905  # the lengths are equal
+                if array.__class__ is not ndarray or array.dtype is not dtype:
+                    break
+                flags &= array.flags.num
+                sizes.append(array.shape)
+            else:
+                shapes = plans.get(tuple(sizes))
+                if shapes is not None and flags & READY == READY and copy is True:
+                    buffers: list[Any] | None
+                    if out is None:
+                        buffers = list(map(empty, shapes, outputs))
+                    else:
+                        buffers = given(args, shapes, flags, out)
+                    if buffers is not None:
+                        kernel(*args, *buffers, request)
+                        return buffers[0] if result is None else new(result, buffers)
+        return general(*args, out=out, want=want, grad_req=grad_req, copy=copy, **named)
+
+    def given(
+        args: tuple[Any, ...], shapes: tuple[Shape, ...], flags: int, out: Any
+    ) -> list[Any] | None:
+        """The outputs where the caller gave some; None where they are not beyond doubt."""
+        if out.__class__ is not dict:
+            return None
+        left = len(out)
+        buffers: list[Any] = []
+        for name, shape, dtype in zip(names, shapes, outputs):  # noqa: B905  # equal again
+            array = out.get(name)
+            if array is None:
+                buffers.append(empty(shape, dtype))
+                continue
+            if array.__class__ is not ndarray or array.dtype is not dtype or array.shape != shape:
+                return None
+            flags &= array.flags.num
+            # Arrays that each own their memory share none, unless they are one array.
+            for other in args:
+                if other is array:
+                    return None
+            for other in buffers:
+                if other is array:
+                    return None
+            buffers.append(array)
+            left -= 1
+        return buffers if left == 0 and flags == unsure else None
+
+    call.__name__ = call.__qualname__ = signature.kind
+    call.__doc__ = f"{signature}\n\n{general.__doc__}"
+    return call
