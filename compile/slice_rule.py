@@ -29,34 +29,24 @@ E[x^2] - E[x]^2: wrong at large means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.row_kernel import RowStore, RowSum, row
+from normgraph.compile.row_reader import Block, RowReader, SliceMemory
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step, plan
-from normgraph.compile.tensor_program import (
-    Apply,
-    Load,
-    Node,
-    NotCanonical,
-    Scalar,
-    Tensor,
-    loads,
-    read,
-)
+from normgraph.compile.tensor_program import NotCanonical, Tensor, loads, read
 from normgraph.compile.tir import (
     Expr,
     Stmt,
     bind,
     constant,
     i64,
-    keep,
     loop,
     nest,
     plus,
@@ -92,16 +82,6 @@ def apply(func: Any, outputs: Sequence[str], vector_bytes: int) -> Any | None:
         return None
 
 
-@dataclass
-class _Block:
-    """The slices one task does: `count` from `start`, never more than `most`."""
-
-    start: Expr
-    count: Expr
-    most: int
-    chunk: Expr | None = None
-
-
 class _Emitter:
     def __init__(self, slice_plan: SlicePlan, outputs: Sequence[str], vector_bytes: int) -> None:
         self.plan = slice_plan
@@ -118,7 +98,6 @@ class _Emitter:
         # Nothing behind the slices' own axes: the vector runs across slices.
         self.across = bool(slice_plan.lead_axes) and not self.inner_axes
         self.slices = product([self.extents[a] for a in self.slice_axes])
-        self.locals: dict[Tensor, Any] = {}
 
     def emit(self) -> Any:
         body = [*self.frame.open(), self._all_slices(), Finish(self.frame, self._lanes()).emit()]
@@ -138,7 +117,7 @@ class _Emitter:
             return self._channel_blocks()
         return loop(
             self.slices,
-            lambda index: self._slices(_Block(index, i64(1), 1)),
+            lambda index: self._slices(Block(index, i64(1), 1)),
             name="slice",
             kind="parallel",
         )
@@ -153,7 +132,7 @@ class _Emitter:
             last = bind("last", _share(self.slices, plus(chunk, i64(1))), stmts)
             rows = loop(
                 tirx.Sub(last, first),
-                lambda index: self._slices(_Block(index, i64(1), 1, chunk)),
+                lambda index: self._slices(Block(index, i64(1), 1, chunk)),
                 name="slice",
                 start=first,
             )
@@ -171,7 +150,7 @@ class _Emitter:
             inner: list[Stmt] = []
             start = bind("first_channel", times(index, size), inner)
             count = bind("channels", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
-            return seq([*inner, self._slices(_Block(start, count, most))])
+            return seq([*inner, self._slices(Block(start, count, most))])
 
         return seq([*stmts, loop(blocks, task, name="task", kind="parallel")])
 
@@ -186,18 +165,14 @@ class _Emitter:
 
     # One task's slices.
 
-    def _slices(self, block: _Block) -> Stmt:
-        self.locals = {}
-        stmts: list[Stmt] = []
-        for tensor in self.plan.per_slice:
-            buffer = tirx.decl_buffer((block.most,), tensor.dtype, tensor.name, scope="global")
-            self.locals[tensor] = buffer
-            stmts.append(tirx.AllocBuffer(buffer))
+    def _slices(self, block: Block) -> Stmt:
+        self.memory = SliceMemory(self.frame, self.plan.per_slice, block)
+        stmts = self.memory.allocate()
         for work in self.plan.passes:
             stmts.extend(self._pass(work, block))
         return seq(stmts)
 
-    def _pass(self, work: Pass, block: _Block) -> list[Stmt]:
+    def _pass(self, work: Pass, block: Block) -> list[Stmt]:
         stmts = [self._clear(step, block) for step in work.wide if self._is_local_sum(step)]
         groups: dict[frozenset[int], list[Step]] = {}
         outputs: list[Step] = []
@@ -221,7 +196,7 @@ class _Emitter:
         return stmts
 
     def _traversals(
-        self, groups: list[tuple[frozenset[int], list[Step]]], outputs: list[Step], block: _Block
+        self, groups: list[tuple[frozenset[int], list[Step]]], outputs: list[Step], block: Block
     ) -> Stmt:
         """All of the pass in one loop where all is written, else part by part."""
         apart: list[Stmt] = []
@@ -249,8 +224,8 @@ class _Emitter:
     def _is_local_sum(self, step: Step) -> bool:
         return step.is_sum and step.op.out in self.plan.per_slice
 
-    def _clear(self, step: Step, block: _Block) -> Stmt:
-        buffer = self.locals[step.op.out]
+    def _clear(self, step: Step, block: Block) -> Stmt:
+        buffer = self.memory.locals[step.op.out]
         none = zero(step.op.out.dtype)
         return loop(
             block.count if block.most > 1 else i64(1),
@@ -260,7 +235,7 @@ class _Emitter:
 
     # One traversal of the slices' data.
 
-    def _traverse(self, steps: list[Step], block: _Block, *, add: bool = False) -> Stmt:
+    def _traverse(self, steps: list[Step], block: Block, *, add: bool = False) -> Stmt:
         lead = [(f"n{a}", self.extents[a]) for a in self.plan.lead_axes]
         if self.across:
 
@@ -299,14 +274,14 @@ class _Emitter:
     def _row(
         self,
         steps: list[Step],
-        block: _Block,
+        block: Block,
         at: Position,
         row_axes: tuple[int, ...],
         c: Expr | None,
         add: bool,
     ) -> Stmt:
         stmts: list[Stmt] = []
-        reader = _RowReader(self, at, row_axes, block, c, stmts)
+        reader = RowReader(self.memory, at, row_axes, c, stmts, across=self.across)
         sums: list[RowSum] = []
         stores: list[RowStore] = []
         for step in steps:
@@ -324,7 +299,7 @@ class _Emitter:
 
     # Values with one element a slice.
 
-    def _settle(self, step: Step, done: bool, block: _Block, c: Expr) -> Stmt:
+    def _settle(self, step: Step, done: bool, block: Block, c: Expr) -> Stmt:
         """Compute a per-slice value, then keep it where it is wanted."""
         tensor = step.op.out
         at = Position().along(self.slice_axes, plus(block.start, c))
@@ -332,7 +307,7 @@ class _Emitter:
         if not done:
             stmts.append(self._compute(step, at, c))
         if tensor in self.plan.per_slice:
-            value = tirx.BufferLoad(self.locals[tensor], [c])
+            value = tirx.BufferLoad(self.memory.locals[tensor], [c])
             if tensor in self.frame.workspaces:
                 stmts.append(self.frame.store(tensor, value, offset(tensor, at, self.extents)))
             if tensor.output_index is not None:
@@ -344,16 +319,16 @@ class _Emitter:
     def _compute(self, step: Step, at: Position, c: Expr) -> Stmt:
         tensor = step.op.out
         if not step.is_sum:
-            value = evaluate(step.value, lambda t: self.read(t, at, c))
+            value = evaluate(step.value, lambda t: self.memory.read(t, at, c))
             return self._keep(tensor, value, at, c)
         if tensor not in self.plan.per_slice:
             raise NotCanonical(f"{tensor.name} is a partial sum of partial sums")
-        buffer = self.locals[tensor]
+        buffer = self.memory.locals[tensor]
         axes = sorted(step.op.reduce)
 
         def one(index: list[Expr]) -> Stmt:
             inner = at.at(dict(zip(axes, index, strict=True)))
-            value = evaluate(step.value, lambda t: self.read(t, inner, c))
+            value = evaluate(step.value, lambda t: self.memory.read(t, inner, c))
             return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [c]), value), [c])
 
         clear = tirx.BufferStore(buffer, zero(tensor.dtype), [c])
@@ -361,133 +336,8 @@ class _Emitter:
 
     def _keep(self, tensor: Tensor, value: Expr, at: Position, c: Expr) -> Stmt:
         if tensor in self.plan.per_slice:
-            return tirx.BufferStore(self.locals[tensor], value, [c])
+            return tirx.BufferStore(self.memory.locals[tensor], value, [c])
         return self.frame.store(tensor, value, offset(tensor, at, self.extents))
-
-    def read(self, tensor: Tensor, at: Position, c: Expr) -> Expr:
-        if tensor in self.locals:
-            return tirx.BufferLoad(self.locals[tensor], [c])
-        return self.frame.load(tensor, offset(tensor, at, self.extents))
-
-
-class _RowReader:
-    """Reads operands in a row: constants once in front of it, the rest element by element."""
-
-    def __init__(
-        self,
-        emitter: _Emitter,
-        at: Position,
-        row_axes: tuple[int, ...],
-        block: _Block,
-        c: Expr | None,
-        before: list[Stmt],
-    ) -> None:
-        self.emitter = emitter
-        self.at = at
-        self.row_axes = row_axes
-        self.block = block
-        self.c = c
-        self.before = before
-        self.fixed: dict[Tensor, Expr] = {}
-        self.bases: dict[tuple[Any, ...], Expr] = {}
-
-    def _varies(self, tensor: Tensor) -> bool:
-        return bool(tensor.axes & frozenset(self.row_axes))
-
-    def _offset(self, tensor: Tensor, index: Expr) -> Expr:
-        key = tuple(str(d) for d in tensor.dims)
-        if key not in self.bases:
-            start = self.block.start if self.emitter.across else i64(0)
-            at = self.at.along(self.row_axes, start)
-            base = offset(tensor, at, self.emitter.extents)
-            self.bases[key] = bind("base", base, self.before)
-        return plus(self.bases[key], index)
-
-    def _element(self, tensor: Tensor, index: Expr) -> Expr:
-        if tensor in self.emitter.locals:
-            return tirx.BufferLoad(self.emitter.locals[tensor], [index])
-        return self.emitter.frame.load(tensor, self._offset(tensor, index))
-
-    def value(self, step: Step) -> Callable[[Expr], Expr]:
-        node = self._hoisted(step.value)
-        for tensor in loads(node):
-            if tensor not in self.emitter.locals:
-                self._offset(tensor, i64(0))  # named in front of the loop
-        return lambda index: evaluate(node, lambda t: self._element(t, index))
-
-    def _hoisted(self, node: Node) -> Node:
-        """The value with whatever is the same along the row computed in front of it."""
-        if not any(self._varies(tensor) for tensor in loads(node)):
-            return self._fixed(node)
-        if isinstance(node, Apply):
-            return Apply(node.make, tuple(self._hoisted(arg) for arg in node.args), node.symbol)
-        return node
-
-    def _fixed(self, node: Node) -> Node:
-        if isinstance(node, Scalar) or (isinstance(node, Load) and node.tensor in self.fixed):
-            return node if isinstance(node, Scalar) else Scalar(self.fixed[node.tensor])
-        bfloat16 = any(t.dtype == "bfloat16" for t in loads(node))
-        if isinstance(node, Load) and bfloat16:
-            return node
-        expr = evaluate(node, lambda t: self.emitter.read(t, self.at, self.c))
-        if bfloat16:
-            # BF16ComputeLegalize does not look into a Bind, so the value is kept in memory.
-            value = keep("fixed", expr, self.before)
-        else:
-            value = bind("fixed", expr, self.before, str(expr.ty.dtype))
-        if isinstance(node, Load):
-            self.fixed[node.tensor] = value
-        return Scalar(value)
-
-    def output(self, step: Step, add: bool) -> Callable[[Expr], Stmt]:
-        tensor = step.op.out
-        value = self.value(step)
-        self._offset(tensor, i64(0))
-        put = self.emitter.frame.add_output if add else self.emitter.frame.write_output
-        return lambda index: put(step, value(index), self._offset(tensor, index))
-
-    def elementwise_sum(self, step: Step) -> Callable[[Expr], Stmt]:
-        tensor = step.op.out
-        value = self.value(step)
-        if tensor in self.emitter.locals:
-            buffer = self.emitter.locals[tensor]
-
-            def into_local(index: Expr) -> Stmt:
-                grown = tirx.Add(tirx.BufferLoad(buffer, [index]), value(index))
-                return tirx.BufferStore(buffer, grown, [index])
-
-            return into_local
-        buffer = self.emitter.frame.partials[tensor]
-        size = element_count(tensor)
-        chunk = self.block.chunk
-        assert chunk is not None
-        at = self.at.along(self.row_axes, i64(0))
-        first = plus(times(chunk, size), offset(tensor, at, self.emitter.extents))
-        base = bind("partial", first, self.before)
-
-        def into_partial(index: Expr) -> Stmt:
-            place = [plus(base, index)]
-            grown = tirx.Add(tirx.BufferLoad(buffer, place), value(index))
-            return tirx.BufferStore(buffer, grown, place)
-
-        return into_partial
-
-    def total(self, step: Step) -> Callable[[Expr], Stmt]:
-        tensor = step.op.out
-        if tensor in self.emitter.locals:
-            buffer = self.emitter.locals[tensor]
-            place = [self.c]
-
-            def into_local(total: Expr) -> Stmt:
-                return tirx.BufferStore(
-                    buffer, tirx.Add(tirx.BufferLoad(buffer, place), total), place
-                )
-
-            return into_local
-        if step.op.reduce != frozenset(self.row_axes):
-            raise NotCanonical(f"{tensor.name} needs several rows for one stored sum")
-        place_in = offset(tensor, self.at, self.emitter.extents)
-        return lambda total: self.emitter.frame.store(tensor, total, place_in)
 
 
 def _unroll(sums: int, vector_bytes: int) -> int:
