@@ -48,7 +48,9 @@ def cases(declared: Sequence[int | str], shape: Sequence[int] | None) -> list[Ca
 
 def _bind(declared: Sequence[int | str], sizes: Sequence[int]) -> tuple[int, ...]:
     names = list(dict.fromkeys(dim for dim in declared if isinstance(dim, str)))
-    bound = {name: sizes[place % len(sizes)] for place, name in enumerate(names)}
+    # A lone name is the batch as a rule, and a batch of one may be all its statistics have.
+    first = 1 if len(names) == 1 else 0
+    bound = {name: sizes[(first + place) % len(sizes)] for place, name in enumerate(names)}
     return tuple(dim if isinstance(dim, int) else bound[dim] for dim in declared)
 
 

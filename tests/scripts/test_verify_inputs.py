@@ -21,6 +21,10 @@ def test_names_become_odd_and_prime_sizes_and_equal_names_equal_ones() -> None:
         assert n in (1, 2, 3)
 
 
+def test_a_lone_name_is_more_than_one() -> None:
+    assert {case.shape for case in cases(("N", 11), None)} == {(7, 11), (13, 11), (37, 11)}
+
+
 def test_a_fixed_shape_is_taken_once() -> None:
     assert [case.shape for case in cases((2, 3), None)] == [(2, 3)] * 2
     assert [case.shape for case in cases(("N", 3), (5, 3))] == [(5, 3)] * 2
