@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from normgraph.errors import AccuracyError
+from normgraph.errors import AccuracyError, ArgumentError
 from normgraph.scripts.console import Progress
 
 
@@ -19,8 +19,13 @@ def verify(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Print the table of times."""
+    from normgraph.runtime.artifact import open_artifact
     from normgraph.scripts.bench import bench as measure
 
+    known = open_artifact(options.artifact).signatures
+    for kind in options.kinds or ():
+        if kind not in known:
+            raise ArgumentError(f"--kinds: this artifact has {', '.join(known)}; got {kind!r}")
     report = measure(options.artifact, options.shape, kinds=options.kinds, progress=Progress())
     print(report.to_json() if options.json else report.to_text())
     return 0

@@ -163,8 +163,10 @@ def _load(path: str) -> Array | dict[str, Array]:
             return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise ArgumentError(f"--input: there is no file {path}") from None
-    except (ValueError, EOFError, OSError, BadZipFile) as error:
-        raise ArgumentError(f"--input: {path} is not a .npy or .npz file: {error}") from None
+    except (ValueError, EOFError, OSError, BadZipFile):
+        raise ArgumentError(
+            f"--input: {path} is not a sound .npy or .npz file of numbers"
+        ) from None
 
 
 def _typed(array: Array, tensor: Tensor) -> Array:

@@ -123,7 +123,11 @@ def test_verify_refuses_a_shape_that_does_not_fit(cli: Callable[..., Any], artif
 
 @pytest.mark.parametrize(("flag", "text"), [((), "a table"), (("--json",), "{}")])
 def test_bench_passes_its_options_on(
-    flag: tuple[str, ...], text: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    flag: tuple[str, ...],
+    text: str,
+    cli: Callable[..., Any],
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The measuring itself is tested with the bench."""
     asked: list[Any] = []
@@ -141,7 +145,17 @@ def test_bench_passes_its_options_on(
         return FakeReport()
 
     monkeypatch.setattr(bench, "bench", fake)
-    code, out, err = cli("bench", "in", "--shape", "2,4,7", "--kinds", "forward,inference", *flag)
+    code, out, err = cli(
+        "bench", artifact, "--shape", "2,4,7", "--kinds", "forward,inference", *flag
+    )
     assert (code, out) == (0, text + "\n")
-    assert asked == [Path("in"), (2, 4, 7), ("forward", "inference")]
+    assert asked == [artifact, (2, 4, 7), ("forward", "inference")]
     assert "measuring" in err
+
+
+def test_bench_of_a_kind_that_is_not_there_exits_with_2(
+    cli: Callable[..., Any], artifact: Path
+) -> None:
+    code, out, err = cli("bench", artifact, "--kinds", "backward_frozen")
+    assert (code, out) == (2, "")
+    assert "backward_from_output" in err

@@ -128,7 +128,7 @@ def test_a_scalar_may_be_a_number(
         (("forward", *THREE[2:], "--input", "x.npy"), "NAME=FILE"),
         (("forward", *THREE[2:], "--input", "x="), "NAME=FILE"),
         (("forward", *THREE[2:], "--input", "x=gamma.npy"), "rank"),
-        (("forward", *THREE[2:], "--input", "x=."), "not a .npy"),
+        (("forward", *THREE[2:], "--input", "x=."), "of numbers"),
         (("forward", *THREE, "--want", "dx"), "dx"),
         (("forward", *THREE, "-o", "out.npy"), ".npz"),
         (("forward", *THREE, "-o", "gone/out.npz"), "gone/out.npz"),
@@ -163,5 +163,5 @@ def test_an_npz_without_the_name_says_what_it_holds() -> None:
 def test_pickled_objects_are_not_loaded() -> None:
     np.save("x.npy", np.array([{}], dtype=object), allow_pickle=True)
     signature = ng.runtime.TensorSpec("x", "float32", (1,))
-    with pytest.raises(ArgumentError, match="pickle"):
+    with pytest.raises(ArgumentError, match="of numbers"):
         read_inputs([Source("x", "x.npy")], [signature])
