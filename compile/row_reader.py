@@ -9,9 +9,10 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.slice_plan import Step
-from normgraph.compile.tensor_program import Apply, Load, Node, NotCanonical, Scalar, Tensor, loads
+from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, bind, i64, keep, plus, times
 
 

@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.tensor_program import (
     ONE,
     Apply,
     Load,
     Node,
-    NotCanonical,
     Operation,
     Tensor,
     TensorProgram,

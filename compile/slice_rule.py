@@ -35,12 +35,13 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.addressing import Position, evaluate, offset
+from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.row_kernel import RowStore, RowSum, row
 from normgraph.compile.row_reader import Block, RowReader, SliceMemory
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step, plan
-from normgraph.compile.tensor_program import NotCanonical, Tensor, loads, read
+from normgraph.compile.tensor_program import Tensor, loads, read
 from normgraph.compile.tir import (
     Expr,
     Stmt,

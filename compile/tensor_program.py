@@ -16,16 +16,21 @@ from typing import Any
 from tvm import tirx
 from tvm.ir import Call, TensorLoad, Var
 from tvm.ir.prim.expr import FloatImm, IntImm
-from tvm.s_tir.stmt import SBlock, SBlockRealize
 from tvm.sym.analyzer import Analyzer
 
-Expr = Any  # a TVM scalar expression; TVM ships no types
+from normgraph.compile.blocks import (
+    BINARY,
+    Block,
+    Expr,
+    NotCanonical,
+    is_float,
+    same,
+    take_apart,
+    tensor_loads,
+    top_level,
+)
 
 ONE = IntImm("int64", 1)
-
-
-class NotCanonical(Exception):
-    """The function does not have the structure above; the message says where it departs."""
 
 
 @dataclass(eq=False)
@@ -108,39 +113,6 @@ def loads(node: Node) -> Iterator[Tensor]:
             yield from loads(arg)
 
 
-_BINARY = (
-    tirx.Add,
-    tirx.Sub,
-    tirx.Mul,
-    tirx.Div,
-    tirx.Mod,
-    tirx.FloorDiv,
-    tirx.FloorMod,
-    tirx.Max,
-    tirx.Min,
-    tirx.EQ,
-    tirx.NE,
-    tirx.LT,
-    tirx.LE,
-    tirx.GT,
-    tirx.GE,
-    tirx.And,
-    tirx.Or,
-)
-
-
-@dataclass(eq=False)
-class _Block:
-    """One block of the fused function, taken apart."""
-
-    name: str
-    buffer: Any
-    spatial: list[Var]
-    reduce: list[tuple[Var, Expr]]
-    value: Expr
-    combine: str  # "map", "sum" or "product"
-
-
 def read(func: Any) -> TensorProgram:
     """Read a fused PrimFunc (static or symbolic shapes) as a `TensorProgram`.
 
@@ -153,7 +125,7 @@ def read(func: Any) -> TensorProgram:
 class _Reader:
     def __init__(self, func: Any) -> None:
         self.func = func
-        self.blocks = [_take_apart(stmt) for stmt in _top_level(func)]
+        self.blocks = [take_apart(stmt) for stmt in top_level(func)]
         self.by_buffer = {block.buffer: block for block in self.blocks}
         self.tensors: dict[Any, Tensor] = {}  # buffer -> its canonical tensor
         self.views: dict[Any, Any] = {}  # reshaped buffer -> the buffer it shows
@@ -212,7 +184,7 @@ class _Reader:
                 return self.tensors[shown]
         return None
 
-    def _add(self, block: _Block, program: TensorProgram) -> None:
+    def _add(self, block: Block, program: TensorProgram) -> None:
         buffer = block.buffer
         if not is_float(buffer):
             return  # shapes and element counts: folded into the scalars that use them
@@ -229,7 +201,7 @@ class _Reader:
             self._flat_map(block, program)
 
     def _canonical(
-        self, block: _Block, buffer: Any, dims: Sequence[Expr], program: TensorProgram
+        self, block: Block, buffer: Any, dims: Sequence[Expr], program: TensorProgram
     ) -> None:
         positions: dict[Any, int] = {var: i for i, var in enumerate(block.spatial)}
         axes = {var: self._axis_of(block, var) for var, _ in block.reduce}
@@ -241,7 +213,7 @@ class _Reader:
         reduced = frozenset(axes[var] for var, extent in block.reduce if not is_one(extent))
         program.operations.append(Operation(tensor, value, reduced))
 
-    def _axis_of(self, block: _Block, var: Var) -> int:
+    def _axis_of(self, block: Block, var: Var) -> int:
         found: set[int] = set()
         for load in tensor_loads(block.value):
             if len(load.source.shape) == self.rank:
@@ -252,10 +224,10 @@ class _Reader:
 
     # Reshapes: at the boundary only, where they change the view and not the memory.
 
-    def _is_reshape(self, block: _Block) -> bool:
+    def _is_reshape(self, block: Block) -> bool:
         return block.combine == "map" and block.name.startswith("T_reshape")
 
-    def _reshape(self, block: _Block, program: TensorProgram) -> None:
+    def _reshape(self, block: Block, program: TensorProgram) -> None:
         source = block.value.source
         if len(block.buffer.shape) == self.rank and source not in self.tensors:
             origin = self._pull_view(source, block.buffer.shape, program)
@@ -293,7 +265,7 @@ class _Reader:
             self.views[tensor] = buffer
         self.tensors[buffer] = tensor
 
-    def _flat_map(self, block: _Block, program: TensorProgram) -> None:
+    def _flat_map(self, block: Block, program: TensorProgram) -> None:
         """A map between reshape and boundary (the cast of a half type)."""
         if block.combine != "map":
             raise NotCanonical(f"{block.name} reduces outside the canonical axes")
@@ -319,7 +291,7 @@ class _Reader:
             dtype = str(expr.ty.dtype)
             inner = self._node(expr.value, positions, views)
             return _apply(lambda a: tirx.Cast(dtype, a), (inner,), f"cast {dtype}")
-        if isinstance(expr, _BINARY):
+        if isinstance(expr, BINARY):
             pair = (self._node(expr.a, positions, views), self._node(expr.b, positions, views))
             kind = type(expr)
             return _apply(kind, pair, kind.__name__)
@@ -353,7 +325,7 @@ class _Reader:
             return values.get(expr, expr)
         if isinstance(expr, tirx.Cast):
             return tirx.Cast(str(expr.ty.dtype), self._scalar(expr.value, values))
-        if isinstance(expr, _BINARY):
+        if isinstance(expr, BINARY):
             return type(expr)(self._scalar(expr.a, values), self._scalar(expr.b, values))
         if isinstance(expr, tirx.Not):
             return tirx.Not(self._scalar(expr.a, values))
@@ -395,50 +367,3 @@ def _apply(make: Callable[..., Expr], args: tuple[Node, ...], symbol: str) -> No
     if all(isinstance(arg, Scalar) for arg in args):
         return Scalar(make(*(arg.expr for arg in args if isinstance(arg, Scalar))))
     return Apply(make, args, symbol)
-
-
-def is_float(buffer: Any) -> bool:
-    return "float" in str(buffer.dtype)
-
-
-def same(index: Expr, var: Var) -> bool:
-    return isinstance(index, Var) and bool(index.same_as(var))
-
-
-def tensor_loads(expr: Expr) -> Iterator[TensorLoad]:
-    """Every tensor read in a TVM scalar expression."""
-    if isinstance(expr, TensorLoad):
-        yield expr
-    elif isinstance(expr, tirx.Cast):
-        yield from tensor_loads(expr.value)
-    elif isinstance(expr, _BINARY):
-        yield from tensor_loads(expr.a)
-        yield from tensor_loads(expr.b)
-    elif isinstance(expr, Call):
-        for arg in expr.args:
-            yield from tensor_loads(arg)
-
-
-def _top_level(func: Any) -> list[Any]:
-    body = func.body.block.body if isinstance(func.body, SBlockRealize) else func.body
-    return list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
-
-
-def _take_apart(stmt: Any) -> _Block:
-    while isinstance(stmt, tirx.For):
-        stmt = stmt.body
-    if not isinstance(stmt, SBlockRealize) or not isinstance(stmt.block.body, tirx.BufferStore):
-        raise NotCanonical("a statement is not a loop nest around one store")
-    block: SBlock = stmt.block
-    store = block.body
-    spatial = [iv.var for iv in block.iter_vars if int(iv.iter_type) == 0]
-    reduce = [(iv.var, iv.dom.extent) for iv in block.iter_vars if int(iv.iter_type) != 0]
-    if not reduce:
-        return _Block(block.name_hint, store.buffer, spatial, [], store.value, "map")
-    combine = {tirx.Add: "sum", tirx.Mul: "product"}.get(type(store.value))
-    reads_itself = combine and isinstance(store.value.a, TensorLoad)
-    if not reads_itself or not store.value.a.source.same_as(store.buffer):
-        raise NotCanonical(f"{block.name_hint} reduces with something other than a sum")
-    if combine == "sum" and float(block.init.value.value) != 0.0:
-        raise NotCanonical(f"{block.name_hint} starts its sum from {block.init.value}")
-    return _Block(block.name_hint, store.buffer, spatial, reduce, store.value.b, str(combine))

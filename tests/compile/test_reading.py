@@ -11,8 +11,9 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from normgraph import NormSpec
+from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.slice_plan import SlicePlan, plan
-from normgraph.compile.tensor_program import NotCanonical, TensorProgram, read
+from normgraph.compile.tensor_program import TensorProgram, read
 from normgraph.graphs import kinds
 
 Program = Callable[..., TensorProgram]
