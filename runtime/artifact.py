@@ -138,11 +138,7 @@ def _check(root: Path, manifest: dict[str, Any]) -> Artifact:
     functions: dict[str, str] = {}
     for kind, entry in kinds.items():
         functions[kind] = _field(file, entry, "function", str)
-        signatures[kind] = Signature(
-            kind,
-            _tensors(file, _field(file, entry, "inputs", list)),
-            _tensors(file, _field(file, entry, "outputs", list)),
-        )
+        signatures[kind] = _signature(file, kind, entry)
         _check_file(root, _field(file, entry, "graph", dict))
     if not kinds:
         raise ArtifactCorrupt(f"{file}: the artifact holds no kinds. {_REBUILD}")
@@ -202,8 +198,26 @@ def _case(file: Path, entry: Any) -> SelfTestCase:
     )
 
 
+def _signature(file: Path, kind: str, entry: Any) -> Signature:
+    signature = Signature(
+        kind,
+        _tensors(file, _field(file, entry, "inputs", list)),
+        _tensors(file, _field(file, entry, "outputs", list)),
+    )
+    if not signature.inputs or not signature.outputs:
+        raise ArtifactCorrupt(f"{file}: {kind} takes or gives nothing. {_REBUILD}")
+    bound = {dim for spec in signature.inputs for dim in spec.shape}
+    for spec in signature.outputs:
+        for dim in spec.shape:
+            if isinstance(dim, str) and dim not in bound:
+                raise ArtifactCorrupt(
+                    f"{file}: no input of {kind} tells the extent {dim} of {spec}. {_REBUILD}"
+                )
+    return signature
+
+
 def _tensors(file: Path, entries: list[Any]) -> tuple[TensorSpec, ...]:
-    return tuple(
+    specs = tuple(
         TensorSpec(
             _field(file, entry, "name", str),
             _dtype(file, _field(file, entry, "dtype", str)),
@@ -211,6 +225,10 @@ def _tensors(file: Path, entries: list[Any]) -> tuple[TensorSpec, ...]:
         )
         for entry in entries
     )
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
+        raise ArtifactCorrupt(f"{file}: {names} are not names of arguments. {_REBUILD}")
+    return specs
 
 
 def _shape(file: Path, dims: list[Any]) -> tuple[int | str, ...]:

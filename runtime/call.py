@@ -18,7 +18,7 @@ from normgraph.runtime.signature import Shape, Signature, TensorSpec
 from normgraph.spec import NormSpec
 
 # Shapes remembered as checked; a caller with more than this many starts over.
-_MOST_PLANS = 1024
+MOST_PLANS = 1024
 
 
 class _Fast:
@@ -282,7 +282,7 @@ class Call:
         kind = type(arrays[0])
         if kind not in self._fast:
             self._fast[kind] = _Fast(adapter, self.signature)
-        if len(self._plans) >= _MOST_PLANS:
+        if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         self._plans[input_shapes] = shapes
 
