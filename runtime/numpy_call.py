@@ -7,6 +7,7 @@ goes to the general call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -96,5 +97,5 @@ def plain_call(
         return buffers if left == 0 and flags == unsure else None
 
     call.__name__ = call.__qualname__ = signature.kind
-    call.__doc__ = f"{signature}\n\n{general.__doc__}"
+    call.__doc__ = f"{signature}\n\n{inspect.getdoc(general)}"
     return call

@@ -36,8 +36,7 @@ def check_enough_values(spec: NormSpec, signature: Signature, shapes: tuple[Shap
     if values == 1:
         raise ArgumentError(
             f"{signature.kind}: Expected more than 1 {what} when training, got input size {size}:"
-            f" the variance of one value is 0. Pass more values, or use a spec of another"
-            f" convention."
+            f" the variance of one value is 0. Pass more values."
         )
 
 
