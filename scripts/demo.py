@@ -100,6 +100,9 @@ def run_job(
     speed = bench(
         path, x.shape, kinds=("forward", "backward"), rounds=rounds, stock=False, overheads=False
     )
+    for name, each in (("verify", random), ("photographs", photographs), ("bench", speed)):
+        (folder / f"{name}.txt").write_text(each.to_text() + "\n")
+        (folder / f"{name}.json").write_text(each.to_json() + "\n")
     return Result(job, random, photographs, speed, y, loss)
 
 
@@ -189,11 +192,13 @@ def speed_table(results: Sequence[Result]) -> str:
             cells.append(next((each for each in limit if each is not None), None))
             times = [f"{c.timing.median * 1e3:.2f}" if c and c.timing else "" for c in cells]
             rows.append((result.job.spec.op, kind, *times))
-    headers = (
+    heads = (
         "operator", "kind", "ours", "ours, fresh", "onnxruntime", "torch", "torch, fresh",
         "memory limit",
     )  # fmt: skip
-    return table(rows, headers)
+    # A peer that is not installed has no column.
+    kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    return table([[row[place] for place in kept] for row in rows], [heads[p] for p in kept])
 
 
 def run(
@@ -228,8 +233,10 @@ def report(results: Sequence[Result], out: Path) -> str:
         "",
         accuracy_table(results),
         "",
-        f"Speed at the same shape, median ms: {machine['processor']}, {machine['cores']} cores",
-        "given or kept outputs; 'fresh': outputs from memory the system hands out page by page",
+        f"Speed at the same shape, median ms: {machine['processor']}, {machine['cores']} cores, "
+        f"load {machine['load']}",
+        "outputs given or kept; 'fresh': from memory the system hands out page by page; "
+        "memory limit: a copy of x, an add of x and dy",
         "",
         speed_table(results),
         "",
@@ -244,7 +251,7 @@ def report(results: Sequence[Result], out: Path) -> str:
             f"{verdict} {result.job.spec.op}: {passed} comparisons passed, {failed} failed, "
             f"{skipped} not run; {result.random.command}"
         )
-    lines.append(f"Picture: {out / 'instance_norm.png'}")
+    lines.append(f"Picture: {out / 'instance_norm.png'}; every comparison: {out}/*/*.txt")
     return "\n".join(lines)
 
 
