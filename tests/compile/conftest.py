@@ -120,15 +120,21 @@ class Kernels:
         got, want = self.call(kind, inputs), self.answers(kind, inputs)
         for port in self.ports[kind]["outputs"]:
             name = port["name"]
-            terms = self.terms(inputs) if name == "dx" else 0.0
-            growth = self.growth(inputs)
+            growth, terms = self.growth(inputs), self.terms(name, inputs)
             close(got[name], want[name], port["dtype"], bound * growth, f"{kind} {name}", terms)
 
     @staticmethod
-    def terms(inputs: Mapping[str, Array]) -> float:
-        """The size of gamma * inv_std * dy: dx of few elements is a small difference of such."""
-        size = {n: np.max(np.abs(v.astype(np.float64))) for n, v in inputs.items()}
-        return float(size.get("gamma", 1.0) * size.get("inv_std", 0.0) * size.get("dy", 0.0))
+    def terms(name: str, inputs: Mapping[str, Array]) -> float:
+        """The size of the terms an output is the difference of, where they cancel.
+
+        dx of few elements is a small difference of gamma * inv_std * dy; delta is rounding alone.
+        """
+        size = {n: float(np.max(np.abs(v.astype(np.float64)))) for n, v in inputs.items()}
+        if name == "delta":
+            return max(size.get("x", 0.0), size.get("y", 0.0))
+        if name in ("dx", "dvar", "dmean"):
+            return size.get("gamma", 1.0) * size.get("inv_std", 0.0) * size["dy"]
+        return 0.0
 
     @staticmethod
     def growth(inputs: Mapping[str, Array]) -> float:
