@@ -169,7 +169,8 @@ def _terms(name: str, values: Mapping[str, Array]) -> float:
         return scale * _rms(values["dy"])
     if name in ("dgamma", "dbeta"):
         return _rms(values["dy"])
-    return _rms(values["x"]) if "x" in values else 0.0
+    like_x = [values[n] for n in ("x", "y") if n in values]
+    return _rms(like_x[0]) if like_x else 0.0
 
 
 def _largest(array: Array) -> float:
