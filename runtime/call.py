@@ -58,11 +58,7 @@ class Call:
         self._select = lru_cache(maxsize=128)(lambda want, req: select(signature, want, req))
         self._every = select(signature, None, "write")
         self._arity = len(signature.inputs)
-        # For each output, the input that it may be written over, or -1.
-        self._in_place = [
-            _index(signature, name.removeprefix("new_")) if name.startswith("new_") else -1
-            for name in self._names
-        ]
+        self._in_place = signature.in_place
         self._takes_momentum = "momentum" in signature.input_names  # then it is the last one
         # Where x is recovered from y by dividing by gamma, the index of gamma among the inputs.
         self._gamma = -1

@@ -35,6 +35,7 @@ def plain_call(
     names = signature.output_names
     inputs = native_dtypes([spec.dtype for spec in signature.inputs])
     outputs = native_dtypes([spec.dtype for spec in signature.outputs])
+    in_place = signature.in_place
     request, result = selection.request, selection.result
     new = tuple.__new__
     unsure = READY | OWNS
@@ -77,7 +78,7 @@ def plain_call(
             return None
         left = len(out)
         buffers: list[Any] = []
-        for name, shape, dtype in zip(names, shapes, outputs):  # noqa: B905  # equal again
+        for name, shape, dtype, over in zip(names, shapes, outputs, in_place):  # noqa: B905
             array = out.get(name)
             if array is None:
                 buffers.append(empty(shape, dtype))
@@ -87,8 +88,10 @@ def plain_call(
             flags &= array.flags.num
             # Arrays that each own their memory share none, unless they are one array.
             for other in args:
-                if other is array:
+                if other is array and (over < 0 or array is not args[over]):
                     return None
+            if over >= 0 and sum(other is array for other in args) > 1:
+                return None
             for other in buffers:
                 if other is array:
                     return None

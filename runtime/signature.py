@@ -44,6 +44,15 @@ class Signature:
     def output_names(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.outputs)
 
+    @property
+    def in_place(self) -> tuple[int, ...]:
+        """For each output the index of the input it may be written over, new_x over x, or -1."""
+        names = self.input_names
+        return tuple(
+            names.index(name[4:]) if name.startswith("new_") and name[4:] in names else -1
+            for name in self.output_names
+        )
+
     def output_shapes(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         """The outputs' shapes for these input shapes.
 
