@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,26 +58,22 @@ FORBIDDEN = {
 }
 
 
-def ignored(root: Path) -> list[str]:
-    """The patterns of .gitignore, without the trailing slash."""
-    lines = (root / ".gitignore").read_text().split()
-    return [line.rstrip("/") for line in lines]
-
-
 def files(root: Path) -> Iterator[Path]:
-    """Every file of the checkout that git does not ignore, relative to the root."""
-    patterns = [*ignored(root), ".git"]
-    for path in sorted(root.iterdir()):
-        if any(path.match(pattern) for pattern in patterns):
-            continue
-        if path.is_dir():
-            for inner in sorted(path.rglob("*")):
-                parts = inner.relative_to(root).parts
-                hidden = any(Path(part).match(pattern) for part in parts for pattern in patterns)
-                if inner.is_file() and not hidden:
-                    yield inner.relative_to(root)
-        else:
-            yield path.relative_to(root)
+    """Every file of the checkout, relative to the root: those git has, or that are there."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False
+    )
+    if listed.returncode == 0 and listed.stdout:
+        found = [Path(name) for name in listed.stdout.rstrip("\0").split("\0")]
+    else:
+        found = [path.relative_to(root) for path in sorted(root.rglob("*"))]
+    patterns = [*(root / ".gitignore").read_text().split(), ".git"]
+    for path in found:
+        ignored = any(
+            Path(part).match(each.rstrip("/")) for part in path.parts for each in patterns
+        )
+        if (root / path).is_file() and not ignored:
+            yield path
 
 
 def modules(root: Path) -> Iterator[tuple[Path, ast.Module]]:
