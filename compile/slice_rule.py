@@ -4,10 +4,11 @@ Pattern. A function that `tensor_program` can read and `slice_plan` can order: s
 slices (a row, a plane, a channel), element-wise outputs, sums across slices.
 
 Strategy.
- 1. Slices are spread over the threads. Where they lie behind each other in memory each is one
-    contiguous piece; where other axes come before them (batch norm's n) a task takes a block of
-    neighbouring channels, so that it reads runs of at least 12 KB, or, with nothing behind the
-    channel axis, a run of channels at once as the vector.
+ 1. Slices are spread over the threads, or left to the calling one where there is little to do.
+    Where they lie behind each other in memory each is one contiguous piece; where other axes come
+    before them (batch norm's n) a task takes a block of neighbouring channels, so that it reads
+    runs of at least 12 KB, or, with nothing behind the channel axis, a run of channels at once as
+    the vector.
  2. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache.
  3. What has one element a slice is computed between passes and stays beside the loop.
@@ -65,6 +66,8 @@ _RUN_BYTES = 12 * 1024
 _MOST_CHANNELS = 16
 # Channels in the vector where nothing lies behind the channel axis.
 _CHANNEL_RUN = 64
+# Up to this many elements a launch of the thread pool costs more than it gains.
+_SERIAL_ELEMENTS = 32768
 # Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
 _PARTIALS = 16
 
@@ -101,7 +104,10 @@ class _Emitter:
         self.slices = product([self.extents[a] for a in self.slice_axes])
 
     def emit(self) -> Any:
-        body = [*self.frame.open(), self._all_slices(), Finish(self.frame, self._lanes()).emit()]
+        opening = self.frame.open()
+        small = tirx.LE(self._elements(), i64(_SERIAL_ELEMENTS))
+        slices = when(small, self._all_slices("serial"), self._all_slices("parallel"))
+        body = [*opening, slices, Finish(self.frame, self._lanes()).emit()]
         return self.frame.close(seq(body))
 
     def _lanes(self) -> int:
@@ -111,19 +117,22 @@ class _Emitter:
 
     # Tasks.
 
-    def _all_slices(self) -> Stmt:
+    def _elements(self) -> Expr:
+        return product([self.extents[a] for a in self.plan.wide_axes])
+
+    def _all_slices(self, kind: str) -> Stmt:
         if self.plan.column_sums:
-            return self._row_ranges()
+            return self._row_ranges(kind)
         if self.plan.lead_axes:
-            return self._channel_blocks()
+            return self._channel_blocks(kind)
         return loop(
             self.slices,
             lambda index: self._slices(Block(index, i64(1), 1)),
             name="slice",
-            kind="parallel",
+            kind=kind,
         )
 
-    def _row_ranges(self) -> Stmt:
+    def _row_ranges(self, kind: str) -> Stmt:
         if self.plan.lead_axes:
             raise NotCanonical("sums across slices that are not contiguous")
 
@@ -139,9 +148,9 @@ class _Emitter:
             )
             return seq([*stmts, rows])
 
-        return loop(i64(_PARTIALS), task, name="range", kind="parallel")
+        return loop(i64(_PARTIALS), task, name="range", kind=kind)
 
-    def _channel_blocks(self) -> Stmt:
+    def _channel_blocks(self, kind: str) -> Stmt:
         most = _CHANNEL_RUN if self.across else _MOST_CHANNELS
         stmts: list[Stmt] = []
         size = bind("block_size", self._channels_in_block(most), stmts)
@@ -153,7 +162,7 @@ class _Emitter:
             count = bind("channels", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
             return seq([*inner, self._slices(Block(start, count, most))])
 
-        return seq([*stmts, loop(blocks, task, name="task", kind="parallel")])
+        return seq([*stmts, loop(blocks, task, name="task", kind=kind)])
 
     def _channels_in_block(self, most: int) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.
