@@ -189,14 +189,18 @@ def _time(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[tuple[str,
     """Fresh outputs on a cold heap first, then everything on a warm one."""
     fresh = {peer.name: peer.call for peer in peers if peer.fresh}
     found: dict[tuple[str, str], Timing] = {}
-    if set_heap(warm=False):
-        cold = time_apart(fresh, rounds=max(2, rounds // 2), seconds=seconds)
-        found |= {(name, "cold"): timing for name, timing in cold.items()}
-    set_heap(warm=True)
-    calls: Mapping[str, Callable[[], object]] = {
-        f"{'warm' if peer.fresh else 'given'} {peer.name}": peer.call for peer in peers
-    }
-    warm = time_apart(calls, rounds=rounds, seconds=seconds)
+    try:
+        if set_heap(warm=False):
+            cold = time_apart(fresh, rounds=max(2, rounds // 2), seconds=seconds)
+            found |= {(name, "cold"): timing for name, timing in cold.items()}
+        set_heap(warm=True)
+        calls: Mapping[str, Callable[[], object]] = {
+            f"{'warm' if peer.fresh else 'given'} {peer.name}": peer.call for peer in peers
+        }
+        warm = time_apart(calls, rounds=rounds, seconds=seconds)
+    finally:
+        # A warm heap never shrinks: not for the rest of the process.
+        set_heap(warm=False)
     for label, timing in warm.items():
         heap, _, name = label.partition(" ")
         found[name, heap] = timing
