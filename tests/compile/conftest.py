@@ -32,8 +32,9 @@ def dtype_of(name: str) -> np.dtype[Any]:
 class Kernels:
     """The packed functions of one artifact (or of graphs compiled in place) and their ports."""
 
-    def __init__(self, module: Any, spec: ng.NormSpec, ports: Mapping[str, Any]) -> None:
-        self.module = module
+    def __init__(self, path: Path, spec: ng.NormSpec, ports: Mapping[str, Any]) -> None:
+        self.path = path
+        self.module: Any = tvm_ffi.load_module(str(path))
         self.spec = spec
         self.ports = ports
         self.kinds = tuple(ports)
@@ -213,8 +214,8 @@ def row(kernels: Callable[..., Kernels]) -> Callable[..., Kernels]:
 def opened(path: Path) -> Kernels:
     """The kernels of the artifact directory `path`."""
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    module = tvm_ffi.load_module(str(path / manifest["libraries"][0]["file"]))
-    return Kernels(module, ng.NormSpec.from_dict(manifest["spec"]), manifest["kinds"])
+    library = path / manifest["libraries"][0]["file"]
+    return Kernels(library, ng.NormSpec.from_dict(manifest["spec"]), manifest["kinds"])
 
 
 @pytest.fixture(scope="session")
@@ -251,8 +252,7 @@ def compile_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ke
         folder = tmp_path_factory.mktemp("kernels")
         pipeline.generate(scheduled, goal, folder / "k.o", dump)
         assert link.link(folder / "k.o", folder / "k.so", goal)
-        module = tvm_ffi.load_module(str(folder / "k.so"))
-        return Kernels(module, spec, {name: ports_of(model) for name, model in models.items()})
+        return Kernels(folder / "k.so", spec, {name: ports_of(model) for name, model in models.items()})
 
     return make
 
