@@ -23,7 +23,14 @@ from normgraph.scripts import bench_peers, bench_torch
 from normgraph.scripts.bench_overheads import overheads_of
 from normgraph.scripts.bench_peers import Peer, PeerMissing
 from normgraph.scripts.bench_report import BenchReport, Row, machine
-from normgraph.scripts.bench_timing import Timing, cores, pin_threads, set_heap, time_apart
+from normgraph.scripts.bench_timing import (
+    Timing,
+    cores,
+    pin_threads,
+    set_heap,
+    time_apart,
+    wait_for_quiet,
+)
 from normgraph.scripts.verify import versions
 from normgraph.scripts.verify_inputs import Case, Inputs, check_shape, forward_names
 from normgraph.scripts.verify_tolerance import relative, scale_of, ulp
@@ -44,14 +51,16 @@ def bench(
     seconds: float = 0.04,
     stock: bool = True,
     overheads: bool = True,
+    quiet: float = 0.0,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Time the kinds of an artifact at `shape` (its own, or 8 and 56s, where not given).
 
     rounds and seconds: how often peers take turns, and how long each is timed in a turn. `stock`
     adds TVM's own pipeline on the same graph, which takes seconds to compile. `overheads` adds the
-    cost of building and compiling a graph and of a small call. Raises AccuracyError where a peer's
-    result is wrong, and the errors of `normgraph.load`.
+    cost of building and compiling a graph and of a small call. `quiet` is how many seconds to wait
+    at most, before each kind, for other processes to leave the cores. Raises AccuracyError where a
+    peer's result is wrong, and the errors of `normgraph.load`.
     """
     threads, measured_on = cores(), machine()
     pin_threads(threads)
@@ -66,7 +75,7 @@ def bench(
     for kind in chosen:
         tell(f"{operator.spec.op} {kind}: {','.join(map(str, size))}")
         rows += _bench_kind(
-            Path(path), operator, kind, inputs, threads, pool, stock, rounds, seconds
+            Path(path), operator, kind, inputs, threads, pool, stock, rounds, seconds, quiet
         )
     costs = None
     if overheads:
@@ -119,6 +128,7 @@ def _bench_kind(
     stock: bool,
     rounds: int,
     seconds: float,
+    quiet: float,
 ) -> list[Row]:
     entry = operator.manifest["kinds"][kind]
     given = inputs.take([each["name"] for each in entry["inputs"]])
@@ -164,6 +174,8 @@ def _bench_kind(
             continue
         _check(peer, kind, want, operator.dtype, inputs)
         peers.append(peer)
+    if quiet > 0.0:
+        wait_for_quiet(quiet)
     timings = _time(peers, rounds, seconds)
     mine = timings["normgraph", "given"].median
     moved = _bytes(kind, given)

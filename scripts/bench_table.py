@@ -67,8 +67,8 @@ beside another. The machine is shared: trust the ratios.
 """
 
 
-def measure(rounds: int, progress: Progress) -> list[BenchReport]:
-    """Build and time every entry."""
+def measure(rounds: int, quiet: float, progress: Progress) -> list[BenchReport]:
+    """Build and time every entry; `rounds` and `quiet` as in `bench`."""
     reports = []
     with tempfile.TemporaryDirectory(prefix="normgraph-bench-") as folder:
         for place, entry in enumerate(ENTRIES):
@@ -86,6 +86,7 @@ def measure(rounds: int, progress: Progress) -> list[BenchReport]:
                         kinds=KINDS,
                         rounds=rounds,
                         overheads=entry is ENTRIES[0],
+                        quiet=quiet,
                         progress=progress,
                     )
                 )
@@ -151,9 +152,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench_table", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/cpu-first.md"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--quiet", type=float, default=60.0, metavar="SECONDS", help="wait for idle cores"
+    )
     options = parser.parse_args()
     try:
-        reports = measure(options.rounds, Progress())
+        reports = measure(options.rounds, options.quiet, Progress())
     except NormGraphError as error:
         log(f"error: {error}")
         return error.exit_code

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 # Thread pools spin for some milliseconds after their last task. With as many spinning threads as
 # cores the next pool would share its cores with them.
@@ -65,6 +66,34 @@ def set_heap(*, warm: bool) -> bool:
         libc.mallopt(_TRIM_THRESHOLD, 128 * 1024)
         libc.malloc_trim(0)
     return True
+
+
+def wait_for_quiet(limit: float) -> bool:
+    """Wait until the machine has been idle for two seconds, `limit` seconds at most.
+
+    Idle is at most a twentieth of the cores' time, read from /proc/stat. Returns False where it
+    never was, or where the system does not say.
+    """
+    end = time.monotonic() + limit
+    while True:
+        before = _idle_ticks()
+        if before is None:
+            return False
+        time.sleep(2.0)
+        after = _idle_ticks()
+        if after is not None and after[0] - before[0] >= 0.95 * (after[1] - before[1]):
+            return True
+        if time.monotonic() >= end:
+            return False
+
+
+def _idle_ticks() -> tuple[int, int] | None:
+    """Clock ticks of all cores since the start: idle, and all together."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    ticks = [int(word) for word in path.read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def time_apart(
