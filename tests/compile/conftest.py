@@ -206,6 +206,12 @@ def kernels(build_artifact: Callable[..., Path]) -> Callable[..., Kernels]:
 
 
 @pytest.fixture(scope="session")
+def shapes() -> dict[str, tuple[int | str, ...]]:
+    """The shape of x each operator of `row` is compiled for."""
+    return {op: shape for op, (_, shape) in ROWS.items()}
+
+
+@pytest.fixture(scope="session")
 def row(kernels: Callable[..., Kernels]) -> Callable[..., Kernels]:
     """row(op, dtype): the kernels of one operator with its usual options."""
     return lambda op, dtype="float32": kernels(*ROWS[op], dtype)
