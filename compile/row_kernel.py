@@ -14,7 +14,19 @@ from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, loop, plus, seq, times, zero
+from normgraph.compile.tir import (
+    Expr,
+    Stmt,
+    bind,
+    constant,
+    i64,
+    loop,
+    plus,
+    seq,
+    times,
+    when,
+    zero,
+)
 
 # Vectors that one accumulator takes before it is moved on; rows of a million elements have as many
 # runs as a run has vectors.
@@ -49,7 +61,7 @@ def row(
     """
     body: list[Stmt] = []
     wide = lanes * unroll
-    accumulators = [_Accumulator(s, wide, lanes) for s in sums]
+    accumulators = [_Accumulator(s, wide) for s in sums]
     for acc in accumulators:
         body.extend(acc.start())
 
@@ -57,9 +69,7 @@ def row(
         added = [acc.add(part, lane, index) for acc in accumulators]
         return seq([*added, *(s.store(index) for s in stores)])
 
-    def vectors(start: Expr, count: Expr, width: int, name: str) -> Stmt:
-        part = "run" if name == "block" else "vector"
-
+    def vectors(start: Expr, count: Expr, width: int, part: str) -> Stmt:
         def one(block: Expr) -> Stmt:
             base = plus(start, times(block, i64(width)))
             return loop(
@@ -69,25 +79,38 @@ def row(
                 kind="vectorized",
             )
 
-        return loop(count, one, name=name)
+        return loop(count, one, name=part) if constant(count) != 0 else seq([])
 
     n_wide = bind("n_wide", _floordiv(length, wide), body)
-    done = bind("done_wide", times(n_wide, i64(wide)), body)
-    if constant(n_wide) != 0 and accumulators:
-        body.append(_in_runs(n_wide, wide, accumulators, vectors))
-    elif constant(n_wide) != 0:
-        body.append(vectors(i64(0), n_wide, wide, "block"))
+    done_wide = bind("done_wide", times(n_wide, i64(wide)), body)
+    n_single = i64(0)
     if unroll > 1:
-        n_single = bind("n_single", _floordiv(_minus(length, done), lanes), body)
-        if constant(n_single) != 0:
-            body.append(vectors(done, n_single, lanes, "vector"))
-        done = bind("done", plus(done, times(n_single, i64(lanes))), body)
+        n_single = bind("n_single", _floordiv(_minus(length, done_wide), lanes), body)
+    done = bind("done", plus(done_wide, times(n_single, i64(lanes))), body)
+    if accumulators:
+        in_vectors = [
+            *(stmt for acc in accumulators for stmt in acc.start_vectors()),
+            _in_runs(n_wide, wide, accumulators, vectors),
+            vectors(done_wide, n_single, lanes, "vector"),
+            *(stmt for acc in accumulators for stmt in acc.end_vectors()),
+        ]
+        # A row shorter than a vector is spared the clearing and folding of the lanes.
+        body.append(_if_any(done, seq(in_vectors)))
+    else:
+        body.append(vectors(i64(0), n_wide, wide, "run"))
+        body.append(vectors(done_wide, n_single, lanes, "vector"))
     rest = _minus(length, done)
     if constant(rest) != 0:
         body.append(loop(rest, lambda k: at(plus(done, k), "rest", k), name="rest"))
-    for acc in accumulators:
-        body.extend(acc.finish())
+    body.extend(acc.finish() for acc in accumulators)
     return seq(body)
+
+
+def _if_any(count: Expr, body: Stmt) -> Stmt | None:
+    known = constant(count)
+    if known is None:
+        return when(tirx.GT(count, i64(0)), body)
+    return body if known else None
 
 
 def _in_runs(
@@ -110,30 +133,46 @@ def _in_runs(
         else:
             count = tirx.Min(i64(_RUN), tirx.Sub(n_wide, done))
         stmts = [stmt for acc in accumulators for stmt in acc.start_run()]
-        stmts.append(vectors(times(done, i64(wide)), count, wide, "block"))
+        stmts.append(vectors(times(done, i64(wide)), count, wide, "run"))
         stmts += [acc.end_run() for acc in accumulators]
         return seq(stmts)
 
-    return loop(runs, run, name="run")
+    return loop(runs, run, name="runs") if known != 0 else seq([])
 
 
 class _Accumulator:
-    def __init__(self, row_sum: RowSum, wide: int, lanes: int) -> None:
+    """One sum's lanes, the lanes of the run at hand, and two scalars: their total, and the rest."""
+
+    def __init__(self, row_sum: RowSum, wide: int) -> None:
         self.sum = row_sum
         self.wide = wide
         dtype = row_sum.dtype
         self.vector: Any = tirx.decl_buffer((wide,), dtype, "lanes", scope="global")
         self.run: Any = tirx.decl_buffer((wide,), dtype, "run_lanes", scope="global")
+        self.total: Any = tirx.decl_buffer((1,), dtype, "lane_total", scope="global")
         self.rest: Any = tirx.decl_buffer((1,), dtype, "rest_sum", scope="global")
 
     def start(self) -> list[Stmt]:
         none = zero(self.sum.dtype)
         return [
-            tirx.AllocBuffer(self.vector),
+            tirx.AllocBuffer(self.total),
             tirx.AllocBuffer(self.rest),
-            self._each(self.vector, lambda lane: none),
+            tirx.BufferStore(self.total, none, [i64(0)]),
             tirx.BufferStore(self.rest, none, [i64(0)]),
         ]
+
+    def start_vectors(self) -> list[Stmt]:
+        none = zero(self.sum.dtype)
+        return [tirx.AllocBuffer(self.vector), self._each(self.vector, lambda lane: none)]
+
+    def end_vectors(self) -> list[Stmt]:
+        stmts: list[Stmt] = []
+        half = self.wide // 2
+        while half >= 1:
+            stmts.append(self._fold(half))
+            half //= 2
+        first = tirx.BufferLoad(self.vector, [i64(0)])
+        return [*stmts, tirx.BufferStore(self.total, first, [i64(0)])]
 
     def start_run(self) -> list[Stmt]:
         none = zero(self.sum.dtype)
@@ -160,16 +199,9 @@ class _Accumulator:
         value = tirx.Add(tirx.BufferLoad(buffer, [at]), self.sum.value(index))
         return tirx.BufferStore(buffer, value, [at])
 
-    def finish(self) -> list[Stmt]:
-        stmts: list[Stmt] = []
-        half = self.wide // 2
-        while half >= 1:
-            stmts.append(self._fold(half))
-            half //= 2
-        total = tirx.Add(
-            tirx.BufferLoad(self.vector, [i64(0)]), tirx.BufferLoad(self.rest, [i64(0)])
-        )
-        return [*stmts, self.sum.take(total)]
+    def finish(self) -> Stmt:
+        both = [tirx.BufferLoad(buffer, [i64(0)]) for buffer in (self.total, self.rest)]
+        return self.sum.take(tirx.Add(*both))
 
     def _fold(self, half: int) -> Stmt:
         def one(lane: Expr) -> Stmt:
