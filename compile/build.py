@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,11 @@ import numpy as np
 import onnx
 
 from normgraph import __version__
-from normgraph.compile import link, pipeline, self_test, vectors
+from normgraph.compile import graph_files, link, pipeline, self_test, vectors
 from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, Writer, writing
+from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target, resolve
 from normgraph.compile.vectors import Case, Port
-from normgraph.errors import ArtifactNotFound, CompileError
-from normgraph.spec import NormSpec
-
-_DTYPES: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.DOUBLE: "float64",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
-
-
-@dataclass(frozen=True)
-class _Graph:
-    kind: str
-    model: onnx.ModelProto
-    content: bytes
-    meta: Mapping[str, str]
-    inputs: list[Port]
-    outputs: list[Port]
 
 
 def build(
@@ -65,8 +46,7 @@ def build(
     """
     say = progress or (lambda message: None)
     goal = resolve(target)
-    graphs = _read(Path(src))
-    spec = NormSpec.from_dict(json.loads(graphs[0].meta["normgraph.spec"]))
+    graphs = graph_files.read(Path(src))
     dump = pipeline.Dump(None if debug_dump is None else Path(debug_dump))
     scheduled = {}
     for graph in graphs:
@@ -75,7 +55,7 @@ def build(
     with tempfile.TemporaryDirectory(prefix="normgraph-") as folder:
         say("generate code and link")
         binary = _library(scheduled, goal, Path(folder), dump)
-        cases = _cases(spec, graphs) if self_test else []
+        cases = _cases(graphs) if self_test else []
         status = "not run"
         if cases and goal.runs_here and binary.suffix == ".so":
             say("self-test")
@@ -88,53 +68,6 @@ def build(
     return Path(out)
 
 
-def _read(src: Path) -> list[_Graph]:
-    files = sorted(src.glob("*.onnx")) if src.is_dir() else []
-    if not files:
-        raise ArtifactNotFound(
-            f"{src}: expected a directory with <kind>.onnx files, and there are none. Write them "
-            "with `normgraph export` or normgraph.graphs.export."
-        )
-    graphs = [_graph(file) for file in files]
-    first = graphs[0]
-    for graph in graphs[1:]:
-        for key in ("normgraph.spec", "normgraph.shape", "normgraph.dtype"):
-            if graph.meta[key] != first.meta[key]:
-                raise CompileError(
-                    f"{src}: {graph.kind}.onnx and {first.kind}.onnx differ in {key}: "
-                    f"{graph.meta[key]} and {first.meta[key]}. One artifact holds the kinds of one "
-                    "export; export each into a directory of its own."
-                )
-    return graphs
-
-
-def _graph(file: Path) -> _Graph:
-    content = file.read_bytes()
-    try:
-        model = onnx.load_model_from_string(content)
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:
-        raise CompileError(
-            f"{file}: expected an ONNX model, and it is not a valid one: {error}. Export it again."
-        ) from error
-    meta = {entry.key: entry.value for entry in model.metadata_props}
-    missing = [k for k in ("spec", "kind", "shape", "dtype") if f"normgraph.{k}" not in meta]
-    if missing:
-        raise CompileError(
-            f"{file}: expected a graph that normgraph exported, and its metadata lacks normgraph."
-            f"{missing[0]}. Export it with `normgraph export` or normgraph.graphs.export."
-        )
-    inputs = [_port(value) for value in model.graph.input]
-    outputs = [_port(value) for value in model.graph.output]
-    return _Graph(meta["normgraph.kind"], model, content, meta, inputs, outputs)
-
-
-def _port(value: onnx.ValueInfoProto) -> Port:
-    tensor = value.type.tensor_type
-    dims = [d.dim_param if d.HasField("dim_param") else int(d.dim_value) for d in tensor.shape.dim]
-    return Port(value.name, _DTYPES[tensor.elem_type], tuple(dims))
-
-
 def _library(
     scheduled: Mapping[str, pipeline.Scheduled], target: Target, folder: Path, dump: pipeline.Dump
 ) -> Path:
@@ -145,17 +78,17 @@ def _library(
     return library if link.link(object_file, library, target) else object_file
 
 
-def _cases(spec: NormSpec, graphs: Sequence[_Graph]) -> list[Case]:
-    return [c for g in graphs for c in vectors.cases(spec, g.kind, g.inputs, g.outputs)]
+def _cases(graphs: Sequence[Graph]) -> list[Case]:
+    return [c for g in graphs for c in vectors.cases(g.spec, g.kind, g.inputs, g.outputs)]
 
 
-def _check(library: Path, cases: Sequence[Case], graphs: Sequence[_Graph]) -> None:
+def _check(library: Path, cases: Sequence[Case], graphs: Sequence[Graph]) -> None:
     self_test.run(library, cases, {graph.kind: graph.outputs for graph in graphs})
 
 
 def _write(
     writer: Writer,
-    graphs: Sequence[_Graph],
+    graphs: Sequence[Graph],
     scheduled: Mapping[str, pipeline.Scheduled],
     target: Target,
     suffix: str,
