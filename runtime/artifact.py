@@ -32,11 +32,16 @@ _REBUILD = "Build the artifact again."
 
 @dataclass(frozen=True)
 class SelfTestCase:
-    """Stored inputs and float64 answers of one call; prefix says where they are in the file."""
+    """Stored inputs and float64 answers of one call; prefix says where they are in the file.
+
+    shapes: of the inputs. A large input is stored as fewer elements, repeated over its shape; an
+    input without an entry is stored whole.
+    """
 
     kind: str
     prefix: str
     tolerance: Mapping[str, float]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -193,9 +198,15 @@ def _case(file: Path, entry: Any) -> SelfTestCase:
     for name, value in tolerance.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArtifactCorrupt(f"{file}: tolerance of {name} is {value!r}. {_REBUILD}")
-    return SelfTestCase(
-        _field(file, entry, "kind", str), _field(file, entry, "prefix", str), tolerance
-    )
+    stated = _field(file, entry, "shapes", dict) if "shapes" in entry else {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, dims in stated.items():
+        sizes = [d for d in dims if type(d) is int and d > 0] if isinstance(dims, list) else None
+        if sizes != dims:
+            raise ArtifactCorrupt(f"{file}: the self-test's {name} has shape {dims!r}. {_REBUILD}")
+        shapes[name] = tuple(sizes or ())
+    kind, prefix = _field(file, entry, "kind", str), _field(file, entry, "prefix", str)
+    return SelfTestCase(kind, prefix, tolerance, shapes)
 
 
 def _signature(file: Path, kind: str, entry: Any) -> Signature:

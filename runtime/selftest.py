@@ -12,7 +12,7 @@ import tvm_ffi
 
 from normgraph.errors import AccuracyError, ArtifactCorrupt
 from normgraph.runtime import dlpack
-from normgraph.runtime.artifact import Artifact
+from normgraph.runtime.artifact import Artifact, SelfTestCase
 from normgraph.runtime.call import Call
 from normgraph.runtime.dlpack import AnyArray
 
@@ -35,8 +35,8 @@ def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTe
         with np.load(artifact.self_test, allow_pickle=False) as vectors:
             for case in artifact.self_test_cases:
                 call = calls[case.kind]
-                results += _run(artifact, call, case.prefix, case.tolerance, vectors)
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                results += _run(artifact, call, case, vectors)
+    except (KeyError, IndexError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactCorrupt(
             f"{artifact.self_test}: the self-test cannot be read or run: {error}. Build the"
             f" artifact again."
@@ -47,18 +47,24 @@ def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTe
 def _run(
     artifact: Artifact,
     call: Call,
-    prefix: str,
-    tolerance: Mapping[str, float],
+    case: SelfTestCase,
     vectors: Mapping[str, AnyArray],
 ) -> list[SelfTestResult]:
-    signature = call.signature
-    inputs = [_tensor(vectors[f"{prefix}.in.{spec.name}"], spec.dtype) for spec in signature.inputs]
+    signature, prefix, tolerance = call.signature, case.prefix, case.tolerance
+    inputs = []
+    for spec in signature.inputs:
+        stored = vectors[f"{prefix}.in.{spec.name}"]
+        whole = np.resize(stored, case.shapes.get(spec.name, stored.shape))
+        inputs.append(_tensor(whole, spec.dtype))
     given = call(*inputs)
     outputs = given if len(signature.outputs) > 1 else (given,)
     results = []
     for spec, output in zip(signature.outputs, outputs, strict=True):
         want = vectors[f"{prefix}.out.{spec.name}"]
         got = _float64(output, spec.dtype)
+        # Of a large output, samples at these flat indices are stored.
+        if f"{prefix}.at.{spec.name}" in vectors:
+            got = got.ravel()[vectors[f"{prefix}.at.{spec.name}"]]
         if got.shape != want.shape:
             raise ValueError(f"{prefix}.out.{spec.name} has shape {want.shape}, not {got.shape}")
         # NaN must count as an error, and compares false with everything.
