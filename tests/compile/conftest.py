@@ -258,7 +258,9 @@ def compile_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ke
         folder = tmp_path_factory.mktemp("kernels")
         pipeline.generate(scheduled, goal, folder / "k.o", dump)
         assert link.link(folder / "k.o", folder / "k.so", goal)
-        return Kernels(folder / "k.so", spec, {name: ports_of(model) for name, model in models.items()})
+        return Kernels(
+            folder / "k.so", spec, {name: ports_of(model) for name, model in models.items()}
+        )
 
     return make
 

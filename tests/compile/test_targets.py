@@ -16,8 +16,8 @@ import pytest
 from normgraph import NormSpec
 from normgraph.compile import build, known_targets, link, resolve, targets
 from normgraph.errors import TargetError
-from normgraph.graphs import export
 from normgraph.graphs import build as build_graph
+from normgraph.graphs import export
 
 X86 = platform.machine() == "x86_64"
 
@@ -102,9 +102,7 @@ def test_x86_levels_need_more_and_more() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_older_levels_give_the_same_numbers(
-    dtype: str, compile_models: Callable[..., Any]
-) -> None:
+def test_older_levels_give_the_same_numbers(dtype: str, compile_models: Callable[..., Any]) -> None:
     """Every level this machine runs, against float64 (v2 has no FMA and no half conversion)."""
     spec = NormSpec("layer_norm")
     models = {kind: build_graph(spec, kind, ("N", 67), dtype) for kind in ("forward", "backward")}
