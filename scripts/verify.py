@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 import normgraph
 import normgraph.graphs.reference as reference
+from normgraph.errors import CompileError, ToolMissing
 from normgraph.scripts import verify_debug
 from normgraph.scripts.verify_differences import GRADIENTS, Difference, differences
 from normgraph.scripts.verify_inputs import Case, Inputs, cases, check_shape, forward_names
 from normgraph.scripts.verify_onnx import NotRun, run_onnx
-from normgraph.scripts.verify_report import Report, Row, compare, not_run
+from normgraph.scripts.verify_report import FAILED, Report, Row, compare, not_run
 from normgraph.scripts.verify_tolerance import allowed, describe, scale_of
 
 Array = NDArray[Any]
@@ -200,8 +201,14 @@ class _Run:
             kernels: verify_debug.DebugKernels | str
             try:
                 kernels = stack.enter_context(verify_debug.DebugKernels(models, self.target))
-            except NotRun as error:
+            except (NotRun, ToolMissing) as error:
                 kernels = str(error)
+            except CompileError as error:
+                kernels = "the debug build failed"
+                label = each_inputs[0].case.label
+                for kind in kinds:
+                    place = (f"{kind} (debug)", "dx", "kernel", "float64", label)
+                    yield Row(*place, FAILED, self.dtype, reason=str(error))
             for kind, model in models.items():
                 wanted = (*verify_debug.steps_of(self.spec), "dx")
                 outputs = [each for each in verify_debug.outputs_of(model) if each[0] in wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_overheads import small_shape
 from normgraph.scripts.bench_peers import Peer
 from normgraph.scripts.bench_report import BenchReport
-from normgraph.scripts.bench_timing import time_apart, time_small
+from normgraph.scripts.bench_timing import time_apart, time_small, wait_for_quiet
 
 SHAPE = ("N", 6, "H", "W")
 
@@ -75,7 +76,7 @@ def test_json_and_text(report: BenchReport) -> None:
     assert timed
     for row in timed:
         timing = row["timing"]
-        assert 0.0 < timing["low"] <= timing["median"] <= timing["high"]
+        assert 0.0 < timing["best"] <= timing["low"] <= timing["median"] <= timing["high"]
         assert timing["calls"] >= 2
         assert row["threads"] >= 1
         assert row["heap"] in ("given", "warm", "cold")
@@ -91,8 +92,9 @@ def test_the_standard_table(report: BenchReport) -> None:
     for heading in ("## Forward", "## Inference", "## Backward", "## Beside the kernels"):
         assert heading in text
     lines = [line for line in text.splitlines() if line.startswith("| batch_norm | 2×6×5×7 |")]
-    assert len(lines) == 3
-    heads = [line for line in text.splitlines() if line.startswith("| operator")]
+    assert len(lines) == 6
+    heads = [line for line in text.splitlines() if line.startswith(("| Median", "| Fastest"))]
+    assert len(heads) == 6
     assert {line.count("|") for line in (*lines, *heads)} == {lines[0].count("|")}
     operators = {entry.spec.op for entry in bench_table.ENTRIES}
     assert len(operators) == 5
@@ -119,6 +121,12 @@ def test_calls_take_turns() -> None:
     )
     assert "".join(order) == ("aaaa" + "bbbb") * 3
     assert {name: timing.calls for name, timing in found.items()} == {"a": 6, "b": 6}
+
+
+def test_waiting_for_quiet_ends() -> None:
+    start = time.monotonic()
+    assert wait_for_quiet(0.0) in (True, False)
+    assert time.monotonic() - start < 10.0
 
 
 def test_small_calls_are_timed_in_batches() -> None:

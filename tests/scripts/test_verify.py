@@ -14,10 +14,10 @@ import pytest
 
 import normgraph
 from normgraph import NormSpec
-from normgraph.errors import ArgumentError, ArtifactNotFound
+from normgraph.errors import ArgumentError, ArtifactNotFound, CompileError, ToolMissing
 from normgraph.scripts.verify import verify, verify_data
 from normgraph.scripts.verify_inputs import Case, Inputs
-from normgraph.scripts.verify_report import FAILED, PASSED, Report
+from normgraph.scripts.verify_report import FAILED, NOT_RUN, PASSED, Report
 
 SHAPE = ("N", 6, "H", "W")
 
@@ -163,6 +163,24 @@ def test_kernels_for_another_spec_fail(artifact: Path, tmp_path: Path) -> None:
     assert not report.ok
     assert ("forward", "y", "kernel", "float64") in _failed(report)
     assert ("backward_frozen", "dx", "kernel", "differences") in _failed(report)
+
+
+@pytest.mark.parametrize(
+    ("error", "ok"), [(ToolMissing("no C compiler"), True), (CompileError("a wrong dx"), False)]
+)
+def test_a_debug_build_that_cannot_be_made_is_said(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, ok: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(normgraph.compile, "build", fail)
+    report = verify(artifact, (2, 6, 3, 11))
+    assert report.ok == ok
+    rows = [row for row in report.rows if "(debug)" in row.kind]
+    assert {row.status for row in rows if row.subject == "onnxruntime"} == {PASSED}
+    assert NOT_RUN in {row.status for row in rows if row.subject == "kernel"}
+    assert str(error) in report.to_text()
 
 
 def test_bad_requests_are_refused(artifact: Path, tmp_path: Path) -> None:
