@@ -19,11 +19,15 @@ from normgraph.compile.tir import (
     loop,
     nest,
     plus,
+    runs,
     seq,
     times,
     when,
     zero,
 )
+
+# Slices that one sum takes before it is moved on: its error grows with the square root of both.
+_RUN = 256
 
 
 class Finish:
@@ -88,7 +92,7 @@ class Finish:
             stmts.append(_lanes(width, lambda v, b=buffer, z=none: tirx.BufferStore(b, z, [v])))
             stmts.append(self._accumulate(self.plan.finish_sums[tensor], at, run, buffer, width))
 
-        def element(lane: Expr) -> Stmt:
+        def element(lane: Expr, put: Any) -> Stmt:
             here = _shift(at, run, lane)
 
             def read(tensor: Tensor) -> Expr:
@@ -96,15 +100,11 @@ class Finish:
                     return tirx.BufferLoad(totals[tensor], [lane])
                 return self.frame.load(tensor, offset(tensor, here, self.extents))
 
-            out = step.op.out
-            place = offset(out, here, self.extents)
-            return self.frame.write_output(step, evaluate(value, read), place), (
-                self.frame.add_output(step, evaluate(value, read), place)
-            )
+            return put(step, evaluate(value, read), offset(step.op.out, here, self.extents))
 
         index = self.frame.output_of(step)
-        write = _lanes(width, lambda v: element(v)[0])
-        add = _lanes(width, lambda v: element(v)[1])
+        write = _lanes(width, lambda v: element(v, self.frame.write_output))
+        add = _lanes(width, lambda v: element(v, self.frame.add_output))
         stmts.append(when(self.frame.is_write(index), write, add))
         return seq(stmts)
 
@@ -115,9 +115,6 @@ class Finish:
         if tensor in self.frame.partials:
             partial = self.frame.partials[tensor]
             size = element_count(tensor)
-            ranges = tirx.FloorDiv(partial.shape[0], size)
-            count = constant(partial.shape[0])
-            n = i64(count // constant(size)) if count is not None else ranges  # type: ignore[operator]
 
             def add_range(chunk: Expr) -> Stmt:
                 def one(lane: Expr) -> Stmt:
@@ -127,22 +124,41 @@ class Finish:
 
                 return _lanes(width, one)
 
-            return loop(n, add_range, name="range")
-        axes = sorted(step.op.reduce)
+            return loop(i64(self.frame.n_partials), add_range, name="range")
+        *axes, last = sorted(step.op.reduce)
 
-        def add_slice(index: list[Expr]) -> Stmt:
-            inner = at.at(dict(zip(axes, index, strict=True)))
-
+        def add_slice(inner: Position, part: Any) -> Stmt:
             def one(lane: Expr) -> Stmt:
                 here = _shift(inner, run, lane)
                 value = evaluate(
                     step.value, lambda t: self.frame.load(t, offset(t, here, self.extents))
                 )
-                return _grow(buffer, lane, value)
+                return _grow(part, lane, value)
 
             return _lanes(width, one)
 
-        return nest([(f"k{a}", self.extents[a]) for a in axes], add_slice)
+        def along_last(index: list[Expr]) -> Stmt:
+            inner = at.at(dict(zip(axes, index, strict=True)))
+
+            def some(first: Expr, count: Expr) -> Stmt:
+                part = tirx.decl_buffer((width,), tensor.dtype, "run_sum", scope="global")
+                none = zero(tensor.dtype)
+                return seq(
+                    [
+                        tirx.AllocBuffer(part),
+                        _lanes(width, lambda v: tirx.BufferStore(part, none, [v])),
+                        loop(
+                            count,
+                            lambda k: add_slice(inner.at({last: plus(first, k)}), part),
+                            name=f"k{last}",
+                        ),
+                        _lanes(width, lambda v: _grow(buffer, v, tirx.BufferLoad(part, [v]))),
+                    ]
+                )
+
+            return runs(self.extents[last], _RUN, some)
+
+        return nest([(f"k{a}", self.extents[a]) for a in axes], along_last)
 
 
 def _shift(at: Position, run: tuple[int, Expr] | None, lane: Expr) -> Position:

@@ -41,6 +41,7 @@ class Frame:
         self.plan = plan
         self.program = plan.program
         self.func = self.program.func
+        self.n_partials = partials
         self.output_names = outputs
         self.n_outputs = len(outputs)
         self.req = tirx.Var("req", "int64")

@@ -22,6 +22,7 @@ from normgraph.compile.tir import (
     i64,
     loop,
     plus,
+    runs,
     seq,
     times,
     when,
@@ -106,6 +107,16 @@ def row(
     return seq(body)
 
 
+def registers_a_sum(sums: int, vector_bytes: int) -> int:
+    """The `unroll` of a row: enough chains to hide the adder's latency, few enough not to spill.
+
+    16 registers at up to 32 bytes (AVX2, NEON has 32 but of 16 bytes), 32 at 64 (AVX-512).
+    """
+    if sums == 0:
+        return 2
+    return 4 if sums == 1 or (sums == 2 and vector_bytes == 64) else 2
+
+
 def _if_any(count: Expr, body: Stmt) -> Stmt | None:
     known = constant(count)
     if known is None:
@@ -120,24 +131,17 @@ def _in_runs(
     vectors: Callable[[Expr, Expr, int, str], Stmt],
 ) -> Stmt:
     """The multi-register part, with each accumulator emptied after every run."""
-    known = constant(n_wide)
-    if known is not None:
-        runs = i64(-(-known // _RUN))
-    else:
-        runs = tirx.FloorDiv(plus(n_wide, i64(_RUN - 1)), i64(_RUN))
 
-    def run(index: Expr) -> Stmt:
-        done = times(index, i64(_RUN))
-        if known is not None and known <= _RUN:
-            count: Expr = i64(known)
-        else:
-            count = tirx.Min(i64(_RUN), tirx.Sub(n_wide, done))
-        stmts = [stmt for acc in accumulators for stmt in acc.start_run()]
-        stmts.append(vectors(times(done, i64(wide)), count, wide, "run"))
-        stmts += [acc.end_run() for acc in accumulators]
-        return seq(stmts)
+    def run(first: Expr, count: Expr) -> Stmt:
+        return seq(
+            [
+                *(stmt for acc in accumulators for stmt in acc.start_run()),
+                vectors(times(first, i64(wide)), count, wide, "run"),
+                *(acc.end_run() for acc in accumulators),
+            ]
+        )
 
-    return loop(runs, run, name="runs") if known != 0 else seq([])
+    return runs(n_wide, _RUN, run)
 
 
 class _Accumulator:

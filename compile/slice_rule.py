@@ -30,7 +30,7 @@ E[x^2] - E[x]^2: wrong at large means.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -39,7 +39,7 @@ from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.row_kernel import RowStore, RowSum, row
+from normgraph.compile.row_kernel import RowStore, RowSum, registers_a_sum, row
 from normgraph.compile.row_reader import Block, RowReader, SliceMemory
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step, plan
 from normgraph.compile.tensor_program import Tensor, loads, read
@@ -49,10 +49,12 @@ from normgraph.compile.tir import (
     bind,
     constant,
     i64,
+    load,
     loop,
     nest,
     plus,
     product,
+    runs,
     seq,
     times,
     when,
@@ -68,6 +70,9 @@ _MOST_CHANNELS = 16
 _CHANNEL_RUN = 64
 # Up to this many elements a launch of the thread pool costs more than it gains.
 _SERIAL_ELEMENTS = 32768
+# Neighbours along a leading axis that one sum takes before it is moved on, so that the error of a
+# sum over many grows with its square root.
+_LEAD_RUN = 256
 # Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
 _PARTIALS = 16
 
@@ -154,7 +159,9 @@ class _Emitter:
         most = _CHANNEL_RUN if self.across else _MOST_CHANNELS
         stmts: list[Stmt] = []
         size = bind("block_size", self._channels_in_block(most), stmts)
-        blocks = bind("blocks", tirx.FloorDiv(plus(self.slices, size) - 1, size), stmts)
+        blocks = bind(
+            "blocks", tirx.FloorDiv(plus(self.slices, tirx.Sub(size, i64(1))), size), stmts
+        )
 
         def task(index: Expr) -> Stmt:
             inner: list[Stmt] = []
@@ -166,11 +173,11 @@ class _Emitter:
 
     def _channels_in_block(self, most: int) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.
-        share = tirx.FloorDiv(self.slices + 7, i64(8))
+        share = tirx.FloorDiv(plus(self.slices, i64(7)), i64(8))
         if self.across:
             return tirx.Max(tirx.Min(share, i64(most)), i64(min(16, most)))
         row_bytes = times(product([self.extents[a] for a in self.inner_axes]), i64(4))
-        run = tirx.FloorDiv(i64(_RUN_BYTES) + row_bytes - 1, row_bytes)
+        run = tirx.FloorDiv(plus(row_bytes, i64(_RUN_BYTES - 1)), row_bytes)
         return tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
 
     # One task's slices.
@@ -183,7 +190,8 @@ class _Emitter:
         return seq(stmts)
 
     def _pass(self, work: Pass, block: Block) -> list[Stmt]:
-        stmts = [self._clear(step, block) for step in work.wide if self._is_local_sum(step)]
+        sums = [step for step in work.wide if self._is_local_sum(step)]
+        stmts = [self._clear_sum(step.op.out, block) for step in sums]
         groups: dict[frozenset[int], list[Step]] = {}
         outputs: list[Step] = []
         for step in work.wide:
@@ -193,16 +201,13 @@ class _Emitter:
                 outputs.append(step)
         if groups or outputs:
             stmts.append(self._traversals(list(groups.items()), outputs, block))
-        sums = [step for step in work.wide if self._is_local_sum(step)]
         after = [*((s, True) for s in sums), *((s, False) for s in work.after)]
         if after:
-            stmts.append(
-                loop(
-                    block.count if block.most > 1 else i64(1),
-                    lambda c: seq([self._settle(s, done, block, c) for s, done in after]),
-                    name="c",
-                )
-            )
+
+            def settle(c: Expr) -> Stmt:
+                return seq([self._settle(step, done, block, c) for step, done in after])
+
+            stmts.append(self._each_slice(block, settle))
         return stmts
 
     def _traversals(
@@ -234,39 +239,71 @@ class _Emitter:
     def _is_local_sum(self, step: Step) -> bool:
         return step.is_sum and step.op.out in self.plan.per_slice
 
-    def _clear(self, step: Step, block: Block) -> Stmt:
-        buffer = self.memory.locals[step.op.out]
-        none = zero(step.op.out.dtype)
-        return loop(
-            block.count if block.most > 1 else i64(1),
-            lambda c: tirx.BufferStore(buffer, none, [c]),
-            name="c",
-        )
+    def _clear_sum(self, tensor: Tensor, block: Block) -> Stmt:
+        buffer = self.memory.locals[tensor]
+        none = zero(tensor.dtype)
+        return self._each_slice(block, lambda c: tirx.BufferStore(buffer, none, [c]))
 
     # One traversal of the slices' data.
 
     def _traverse(self, steps: list[Step], block: Block, *, add: bool = False) -> Stmt:
-        lead = [(f"n{a}", self.extents[a]) for a in self.plan.lead_axes]
+        if not self.plan.lead_axes:
+            return self._inner(steps, block, Position(), add)
+        outer, first = self.plan.lead_axes[:-1], self.plan.lead_axes[-1]
+        sums = [step.op.out for step in steps if self._is_local_sum(step)]
+
+        def leading(index: list[Expr]) -> Stmt:
+            at = Position(dict(zip(outer, index, strict=True)))
+
+            def run(start: Expr, count: Expr) -> Stmt:
+                def one(n: Expr) -> Stmt:
+                    return self._inner(steps, block, at.at({first: plus(start, n)}), add)
+
+                return self._added_up(sums, block, lambda: loop(count, one, name=f"n{first}"))
+
+            return runs(self.extents[first], _LEAD_RUN, run)
+
+        return nest([(f"n{a}", self.extents[a]) for a in outer], leading)
+
+    def _added_up(self, sums: list[Tensor], block: Block, body: Callable[[], Stmt]) -> Stmt:
+        """`body` with sums of its own, which then are added to the slices' sums."""
+        if not sums:
+            return body()
+        whole = {t: self.memory.locals[t] for t in sums}
+        part = {
+            t: tirx.decl_buffer((block.most,), t.dtype, f"{t.name}_run", scope="global")
+            for t in sums
+        }
+        self.memory.locals.update(part)
+        stmts: list[Stmt] = [tirx.AllocBuffer(buffer) for buffer in part.values()]
+        stmts += [self._clear_sum(t, block) for t in sums]
+        stmts.append(body())
+        self.memory.locals.update(whole)
+
+        def grow(c: Expr) -> Stmt:
+            pairs = [(whole[t], part[t]) for t in sums]
+            return seq([tirx.BufferStore(w, load(w, c) + load(p, c), [c]) for w, p in pairs])
+
+        stmts.append(self._each_slice(block, grow))
+        return seq(stmts)
+
+    def _inner(self, steps: list[Step], block: Block, at: Position, add: bool) -> Stmt:
+        """The part of a traversal that lies together in memory."""
         if self.across:
-
-            def across(index: list[Expr]) -> Stmt:
-                at = Position(dict(zip(self.plan.lead_axes, index, strict=True)))
-                return self._row(steps, block, at, self.slice_axes, None, add)
-
-            return nest(lead, across)
+            return self._row(steps, block, at, self.slice_axes, None, add)
         row_axes = self._row_axes(steps)
         middle = [a for a in self.inner_axes if a not in row_axes]
 
-        def rows(index: list[Expr]) -> Stmt:
-            n = len(self.plan.lead_axes)
-            outer, c, between = index[:n], index[n], index[n + 1 :]
-            axes = dict(zip((*self.plan.lead_axes, *middle), (*outer, *between), strict=True))
-            at = Position(axes).along(self.slice_axes, plus(block.start, c))
-            return self._row(steps, block, at, row_axes, c, add)
+        def rows(c: Expr, between: list[Expr]) -> Stmt:
+            here = at.at(dict(zip(middle, between, strict=True)))
+            here = here.along(self.slice_axes, plus(block.start, c))
+            return self._row(steps, block, here, row_axes, c, add)
 
-        count = block.count if block.most > 1 else i64(1)
-        axes = [*lead, ("c", count), *((f"m{a}", self.extents[a]) for a in middle)]
-        return nest(axes, rows)
+        extents = [(f"m{a}", self.extents[a]) for a in middle]
+        return self._each_slice(block, lambda c: nest(extents, lambda index: rows(c, index)))
+
+    def _each_slice(self, block: Block, body: Callable[[Expr], Stmt]) -> Stmt:
+        return loop(block.count if block.most > 1 else i64(1), body, name="c")
 
     def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
         """The longest run of last axes along which every operand is contiguous or constant."""
@@ -303,7 +340,7 @@ class _Emitter:
                 take = reader.total(step)
                 sums.append(RowSum(reader.value(step), take, step.op.out.dtype))
         length = block.count if self.across else product([self.extents[a] for a in row_axes])
-        unroll = 1 if self.across else _unroll(len(sums), self.vector_bytes)
+        unroll = 1 if self.across else registers_a_sum(len(sums), self.vector_bytes)
         stmts.append(row(length, sums, stores, lanes=self._lanes(), unroll=unroll))
         return seq(stmts)
 
@@ -348,16 +385,6 @@ class _Emitter:
         if tensor in self.plan.per_slice:
             return tirx.BufferStore(self.memory.locals[tensor], value, [c])
         return self.frame.store(tensor, value, offset(tensor, at, self.extents))
-
-
-def _unroll(sums: int, vector_bytes: int) -> int:
-    """Registers side by side: enough chains to hide the adder's latency, few enough not to spill.
-
-    16 registers at up to 32 bytes (AVX2, NEON has 32 but of 16 bytes), 32 at 64 (AVX-512).
-    """
-    if sums == 0:
-        return 2
-    return 4 if sums == 1 or (sums == 2 and vector_bytes == 64) else 2
 
 
 def _share(count: Expr, chunk: Expr) -> Expr:

@@ -102,6 +102,20 @@ def nest(
     return loop(extent, lambda var: nest(axes, body, (*done, var)), name=name)
 
 
+def runs(extent: Expr, length: int, one: Callable[[Expr, Expr], Stmt]) -> Stmt:
+    """`extent` steps in runs of at most `length`; `one(first, count)` does a run."""
+    known = constant(extent)
+    if known is not None and known <= length:
+        return one(i64(0), extent) if known else seq([])
+    count = tirx.FloorDiv(plus(extent, i64(length - 1)), i64(length))
+
+    def run(index: Expr) -> Stmt:
+        first = times(index, i64(length))
+        return one(first, tirx.Min(i64(length), tirx.Sub(extent, first)))
+
+    return loop(count, run, name="run")
+
+
 def bind(name: str, value: Expr, out: list[Stmt], dtype: str = "int64") -> Expr:
     """Name a value once; constants and variables stay as they are."""
     if isinstance(value, (IntImm, tirx.Var)):
@@ -116,6 +130,10 @@ def keep(name: str, value: Expr, out: list[Stmt]) -> Expr:
     buffer = tirx.decl_buffer((1,), str(value.ty.dtype), name, scope="global")
     out.extend([tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [i64(0)])])
     return tirx.BufferLoad(buffer, [i64(0)])
+
+
+def load(buffer: Any, index: Expr) -> Expr:
+    return tirx.BufferLoad(buffer, [index])
 
 
 def when(condition: Expr | None, then: Stmt, otherwise: Stmt | None = None) -> Stmt:
