@@ -65,10 +65,9 @@ class Kernels:
                 momentum=0.1,
                 convention="torch",
             )
-            affine = {n: drawn[n] for n in ("gamma", "beta") if n in drawn}
-            source = drawn.get("x", drawn.get("y"))
-            assert source is not None
-            made = ng.graphs.reference.run(plain, "forward", {"x": source, **affine})
+            given = {n: drawn[n] for n in drawn if n in ("gamma", "beta")}
+            given["x"] = drawn["x"] if "x" in drawn else drawn["y"]
+            made = ng.graphs.reference.run(plain, "forward", given)
             for port in wanted:
                 if port["name"] in ("mean", "inv_std", "y"):
                     drawn[port["name"]] = made[port["name"]].astype(dtype_of(port["dtype"]))
