@@ -70,7 +70,9 @@ def test_the_kept_zero_term_is_as_good_as_a_mean_in_float64(row: Callable[..., A
 def channel_kernels(compile_models: Callable[..., Any]) -> Any:
     """Batch norm with blocks of channels: none full, one full, one more; flat and in lines."""
     spec = NormSpec("batch_norm")
-    wanted = [(channels, (), "forward") for channels in (1, 15, 16, 17, 64, 65, 70)]
+    wanted: list[tuple[int, tuple[str, ...], str]] = [
+        (channels, (), "forward") for channels in (1, 15, 16, 17, 64, 65, 70)
+    ]
     wanted += [(17, ("L",), "forward"), (70, (), "backward"), (17, ("L",), "backward")]
     models = {
         f"c{channels}_r{len(rest)}__{kind}": build(spec, kind, ("N", channels, *rest))
