@@ -16,12 +16,14 @@ from normgraph.spec import NormSpec
 
 Array = npt.NDArray[Any]
 
-# Sizes for symbolic dims: short odd ones, then rows longer than any vector, with a tail.
+# Sizes for symbolic dims: short odd ones, then rows longer than any vector, with a tail. Kernels
+# leave small inputs to one thread, so the second case is grown to more elements than that.
 _SIZES = ((3, 5, 2, 7, 3), (2, 7, 13, 5, 3))
+_PARALLEL_ELEMENTS = 40000
 
 # Larger arrays are stored as this many elements (a prime) repeated over the shape, and their
 # answers as this many samples.
-_STORED = 65537
+_STORED = 2053
 
 _UNITS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -64,11 +66,18 @@ def dtype_of(name: str) -> np.dtype[Any]:
 def cases(spec: NormSpec, kind: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> list[Case]:
     """Self-test cases of one kind, the same for every build."""
     dims = list(dict.fromkeys(d for p in inputs for d in p.shape if isinstance(d, str)))
-    sizes = _SIZES if dims else _SIZES[:1]
+    cases = [dict(zip(dims, size, strict=False)) for size in (_SIZES if dims else _SIZES[:1])]
+    for sizes in cases[1:]:
+        while max(_count(port.shape, sizes) for port in inputs) < _PARALLEL_ELEMENTS:
+            sizes[dims[-1]] = 2 * sizes[dims[-1]] + 1
     return [
-        _case(spec, kind, inputs, outputs, f"{kind}.{index}", dict(zip(dims, size, strict=False)))
-        for index, size in enumerate(sizes)
+        _case(spec, kind, inputs, outputs, f"{kind}.{index}", sizes)
+        for index, sizes in enumerate(cases)
     ]
+
+
+def _count(shape: Sequence[int | str], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[d] if isinstance(d, str) else d for d in shape)
 
 
 def _case(

@@ -170,13 +170,26 @@ def test_without_self_test_there_are_no_vectors(graphs: Path, tmp_path: Path) ->
     assert ng.load(tmp_path / "a").self_test() == ()
 
 
+def test_the_self_test_reaches_serial_and_parallel_loops(whole: Path) -> None:
+    """Kernels do small inputs in the calling thread; each kind is tested below and above that."""
+    sizes: dict[str, list[int]] = {}
+    for case in _manifest(whole)["self_test"]["cases"]:
+        largest = max(int(np.prod(shape)) for shape in case["shapes"].values())
+        sizes.setdefault(case["kind"], []).append(largest)
+    assert set(sizes) == set(_manifest(whole)["kinds"])
+    for small, large in sizes.values():
+        assert small < 1000
+        assert 32768 < large < 400_000
+    assert _manifest(whole)["self_test"]["size"] < 1_000_000
+
+
 def test_large_static_shapes_keep_the_self_test_small(tmp_path: Path) -> None:
     """Of 1.6 million elements a tensor, a repeated pattern and samples are stored."""
     spec = ng.NormSpec("instance_norm")
     export(spec, shape=(8, 64, 56, 56), out=tmp_path / "g", kinds=("backward",))
     out = build(tmp_path / "g", out=tmp_path / "a")
     manifest = _manifest(out)
-    assert manifest["self_test"]["size"] < 3_000_000
+    assert manifest["self_test"]["size"] < 100_000
     (case,) = manifest["self_test"]["cases"]
     assert case["shapes"]["x"] == [8, 64, 56, 56]
     with np.load(out / manifest["self_test"]["file"]) as stored:
