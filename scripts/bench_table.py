@@ -102,7 +102,8 @@ def markdown(reports: Sequence[BenchReport]) -> str:
     lines = [
         _INTRODUCTION,
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, "
-        f"Python {machine['python']}, load {machine['load']} before the start.",
+        f"Python {machine['python']}, load {machine['load']} before the start, "
+        f"nice {machine['nice']}.",
         "Versions: " + ", ".join(f"{name} {each}" for name, each in first.versions.items()) + ".",
         f"Threads: {_threads(first)}.",
     ]
