@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from normgraph.scripts.console import table
 from normgraph.scripts.verify_tolerance import ulp
 
 Array = NDArray[Any]
@@ -186,7 +187,7 @@ class Report:
             f"Each line is the worst of its cases: {', '.join(cases)}",
             "",
         ]
-        lines += _table([_HEADER, *(_cells(row, sources) for row in shown)])
+        lines.append(table([_HEADER, *(_cells(row, sources) for row in shown)]))
         lines += ["", "Tolerances:"]
         lines += [f"  [{place + 1}] {source}" for place, source in enumerate(sources)]
         skipped = dict.fromkeys(row.reason for row in self.rows if row.status == NOT_RUN)
@@ -239,14 +240,6 @@ def _cells(row: Row, sources: Sequence[str]) -> tuple[str, ...]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _failure(row: Row) -> list[str]:
