@@ -16,7 +16,7 @@ import normgraph
 from normgraph.scripts.bench_report import Overheads
 
 # Small enough that a call is all overhead.
-_SMALL = (2, 4, 4)
+_SMALL, _LONE = (1, 2, 2), 4
 
 
 def overheads_of(path: Path, operator: Any) -> Overheads:
@@ -44,6 +44,8 @@ def small_shape(declared: tuple[int | str, ...]) -> tuple[int, ...] | None:
     if not names:
         return None
     sizes = {name: _SMALL[min(place, 2)] for place, name in enumerate(names)}
+    if len(names) == 1:
+        sizes[names[0]] = _LONE
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in declared)
 
 
