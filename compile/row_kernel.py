@@ -86,7 +86,7 @@ def row(
     done_wide = bind("done_wide", times(n_wide, i64(wide)), body)
     n_single = i64(0)
     if unroll > 1:
-        n_single = bind("n_single", _floordiv(_minus(length, done_wide), lanes), body)
+        n_single = bind("n_single", _floordiv(_modulo(length, wide), lanes), body)
     done = bind("done", plus(done_wide, times(n_single, i64(lanes))), body)
     if accumulators:
         in_vectors = [
@@ -100,7 +100,7 @@ def row(
     else:
         body.append(vectors(i64(0), n_wide, wide, "run"))
         body.append(vectors(done_wide, n_single, lanes, "vector"))
-    rest = _minus(length, done)
+    rest = _modulo(length, lanes)
     if constant(rest) != 0:
         body.append(loop(rest, lambda k: at(plus(done, k), "rest", k), name="rest"))
     body.extend(acc.finish() for acc in accumulators)
@@ -223,6 +223,7 @@ def _floordiv(a: Expr, b: int) -> Expr:
     return i64(value // b) if value is not None else tirx.FloorDiv(a, i64(b))
 
 
-def _minus(a: Expr, b: Expr) -> Expr:
-    x, y = constant(a), constant(b)
-    return i64(x - y) if x is not None and y is not None else tirx.Sub(a, b)
+def _modulo(a: Expr, b: int) -> Expr:
+    """a % b for a power of two, as a mask, from which LLVM sees how short a loop is."""
+    value = constant(a)
+    return i64(value % b) if value is not None else tirx.BitwiseAnd(a, i64(b - 1))
