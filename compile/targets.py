@@ -3,58 +3,50 @@
 from __future__ import annotations
 
 import difflib
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm.target import codegen
 
+from normgraph.cpu import cpu_flags, has_feature, machine
 from normgraph.errors import TargetError
 
-# Instruction sets generated code may use, as LLVM names them and as Linux lists them. Features of
-# tuning and of the operating system (fast-bextr, pku) do not restrict where code runs.
-_X86_FEATURES = {
-    "sse3": "pni",
-    "ssse3": "ssse3",
-    "sse4.1": "sse4_1",
-    "sse4.2": "sse4_2",
-    "popcnt": "popcnt",
-    "lzcnt": "abm",
-    "movbe": "movbe",
-    "bmi": "bmi1",
-    "bmi2": "bmi2",
-    "avx": "avx",
-    "avx2": "avx2",
-    "fma": "fma",
-    "f16c": "f16c",
-    "gfni": "gfni",
-    "vaes": "vaes",
-    "vpclmulqdq": "vpclmulqdq",
-    "avxvnni": "avx_vnni",
-    "avx512f": "avx512f",
-    "avx512cd": "avx512cd",
-    "avx512bw": "avx512bw",
-    "avx512dq": "avx512dq",
-    "avx512vl": "avx512vl",
-    "avx512ifma": "avx512ifma",
-    "avx512vbmi": "avx512vbmi",
-    "avx512vbmi2": "avx512_vbmi2",
-    "avx512vnni": "avx512_vnni",
-    "avx512bitalg": "avx512_bitalg",
-    "avx512vpopcntdq": "avx512_vpopcntdq",
-    "avx512bf16": "avx512_bf16",
-    "avx512fp16": "avx512_fp16",
-}
-_ARM_FEATURES = {
-    "neon": "asimd",
-    "fullfp16": "asimdhp",
-    "dotprod": "asimddp",
-    "bf16": "bf16",
-    "sve": "sve",
-    "sve2": "sve2",
-}
+# Instruction sets generated code may use, as LLVM names them. Features of tuning and of the
+# operating system (fast-bextr, pku) do not restrict where code runs.
+_X86_FEATURES = [
+    "sse3",
+    "ssse3",
+    "sse4.1",
+    "sse4.2",
+    "popcnt",
+    "lzcnt",
+    "movbe",
+    "bmi",
+    "bmi2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "gfni",
+    "vaes",
+    "vpclmulqdq",
+    "avxvnni",
+    "avx512f",
+    "avx512cd",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512ifma",
+    "avx512vbmi",
+    "avx512vbmi2",
+    "avx512vnni",
+    "avx512bitalg",
+    "avx512vpopcntdq",
+    "avx512bf16",
+    "avx512fp16",
+]
+_ARM_FEATURES = ["neon", "fullfp16", "dotprod", "bf16", "sve", "sve2"]
 _X86_TRIPLE = "x86_64-linux-gnu"
 _ARM_TRIPLE = "aarch64-linux-gnu"
 
@@ -87,10 +79,9 @@ class Target:
     @property
     def runs_here(self) -> bool:
         """Whether this machine can run code for the target."""
-        if self.triple.split("-")[0] != _machine():
+        if self.triple.split("-")[0] != machine():
             return False
-        names = _X86_FEATURES if self.triple == _X86_TRIPLE else _ARM_FEATURES
-        return all(names[feature] in _cpu_flags() for feature in self.features)
+        return all(has_feature(feature, cpu_flags()) for feature in self.features)
 
     def to_tvm(self) -> Any:
         """The target as TVM takes it."""
@@ -153,11 +144,10 @@ def _described(name: str, description: str, triple: str, mcpu: str) -> Target:
 
 def _host(name: str, description: str) -> Target:
     """This machine: LLVM's model of its CPU, less what the system does not offer."""
-    triple = _X86_TRIPLE if _machine() == "x86_64" else _ARM_TRIPLE
+    triple = _X86_TRIPLE if machine() == "x86_64" else _ARM_TRIPLE
     mcpu = str(codegen.llvm_get_system_cpu())
-    names = _X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES
     modelled = _features(triple, mcpu)
-    offered = tuple(f for f in modelled if names[f] in _cpu_flags())
+    offered = tuple(f for f in modelled if has_feature(f, cpu_flags()))
     missing = tuple(f for f in modelled if f not in offered)
     return Target(name, description, triple, mcpu, offered, missing)
 
@@ -172,15 +162,3 @@ def _features(triple: str, mcpu: str) -> tuple[str, ...]:
 def _cpus(triple: str) -> list[str]:
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple})
     return sorted(str(cpu) for cpu in codegen.llvm_get_cpu_archlist(target))
-
-
-def _machine() -> str:
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-
-
-def _cpu_flags() -> frozenset[str]:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()

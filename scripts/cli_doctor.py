@@ -54,7 +54,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def _host() -> list[Finding]:
     """Of a host that is not supported nothing is said here: there `import normgraph` refuses."""
-    from normgraph.runtime.host import cpu_flags
+    from normgraph.cpu import cpu_flags
 
     flags = cpu_flags()
     features = " ".join(name for name in _CPU_FEATURES if name in flags) or "none of those asked"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tvm_ffi
 
+from normgraph import cpu
 from normgraph.errors import (
     AccuracyError,
     ArtifactCorrupt,
@@ -150,7 +151,7 @@ def _set(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
             "it is for riscv64",
         ),
         (
-            _set("libraries", 0, "target", "triple", to=f"{host.machine()}-windows-msvc"),
+            _set("libraries", 0, "target", "triple", to=f"{cpu.machine()}-windows-msvc"),
             ArtifactIncompatible,
             "runs Linux",
         ),
@@ -252,7 +253,7 @@ def test_cpu_features(
     monkeypatch: pytest.MonkeyPatch, features: list[str], flags: str, missing: str | None
 ) -> None:
     monkeypatch.setattr(host, "cpu_flags", lambda: frozenset(flags.split()))
-    found = host.obstacle("llvm", f"{host.machine()}-unknown-linux-gnu", features)
+    found = host.obstacle("llvm", f"{cpu.machine()}-unknown-linux-gnu", features)
     assert found is None if missing is None else missing in str(found)
 
 
