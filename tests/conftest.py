@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     """Build an artifact for this host, once for each set of arguments: see `build` for them."""
     root = tmp_path_factory.mktemp("artifacts")
     built: dict[object, Path] = {}
+    folders = itertools.count()  # a folder a try, so that one that failed is not met again
 
     def build(
         spec: ng.NormSpec,
@@ -51,7 +53,7 @@ def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     ) -> Path:
         key = (spec, tuple(shape), dtype, None if kinds is None else tuple(kinds))
         if key not in built:
-            folder = root / str(len(built))
+            folder = root / str(next(folders))
             ng.graphs.export(
                 spec, shape=tuple(shape), dtype=dtype, out=folder / "graphs", kinds=kinds
             )
