@@ -16,6 +16,7 @@ from normgraph.compile.tir import (
     Stmt,
     bind,
     both,
+    cast,
     demand,
     either,
     i64,
@@ -192,7 +193,7 @@ def rounded_sum(old: Expr, value: Expr) -> Expr:
     """old + value, rounded once where the value was just rounded to a half type."""
     if isinstance(value, tirx.Cast) and str(value.ty.dtype) in ("float16", "bfloat16"):
         wide = str(value.value.ty.dtype)
-        return tirx.Cast(str(value.ty.dtype), tirx.Add(tirx.Cast(wide, old), value.value))
+        return cast(str(value.ty.dtype), tirx.Add(tirx.Cast(wide, old), value.value))
     return tirx.Add(old, value)
 
 

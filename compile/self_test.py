@@ -29,9 +29,12 @@ def run(library: Path, cases: Sequence[Case], outputs: dict[str, Sequence[Port]]
 
 def _compare(case: Case, name: str, got: Array) -> None:
     want = np.asarray(case.answers[name], np.float64)
-    error = np.abs(got.astype(np.float64) - want)
+    given = got.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(given - want)
+    error[(given == want) | (np.isnan(given) & np.isnan(want))] = 0.0
     worst = float(np.max(error, initial=0.0))
-    # NaN compares false with everything and must count as an error.
+    # Any other NaN compares false with everything and must count as an error.
     if not worst <= case.tolerance[name]:
         at = np.unravel_index(int(np.argmax(np.where(np.isnan(error), np.inf, error))), want.shape)
         place = tuple(int(i) for i in at)

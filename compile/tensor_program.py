@@ -29,6 +29,7 @@ from normgraph.compile.blocks import (
     tensor_loads,
     top_level,
 )
+from normgraph.compile.tir import cast
 
 ONE = IntImm("int64", 1)
 
@@ -290,7 +291,7 @@ class _Reader:
         if isinstance(expr, tirx.Cast):
             dtype = str(expr.ty.dtype)
             inner = self._node(expr.value, positions, views)
-            return _apply(lambda a: tirx.Cast(dtype, a), (inner,), f"cast {dtype}")
+            return _apply(lambda a: cast(dtype, a), (inner,), f"cast {dtype}")
         if isinstance(expr, BINARY):
             pair = (self._node(expr.a, positions, views), self._node(expr.b, positions, views))
             kind = type(expr)

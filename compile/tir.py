@@ -136,6 +136,18 @@ def load(buffer: Any, index: Expr) -> Expr:
     return tirx.BufferLoad(buffer, [index])
 
 
+def cast(dtype: str, value: Expr) -> Expr:
+    """`value` as `dtype`; a NaN stays one in bfloat16.
+
+    TVM rounds to bfloat16 by adding to the bits, which carries a NaN of many mantissa bits (a GPU's
+    0x7fffffff) over into a zero, so every NaN is made the usual one first.
+    """
+    if dtype == "bfloat16":
+        nan = tirx.reinterpret(str(value.ty.dtype), IntImm("uint32", 0x7FC00000))
+        value = tirx.Select(tirx.isnan(value), nan, value)
+    return tirx.Cast(dtype, value)
+
+
 def when(condition: Expr | None, then: Stmt, otherwise: Stmt | None = None) -> Stmt:
     """`if condition`; None is always true."""
     return then if condition is None else tirx.IfThenElse(condition, then, otherwise)

@@ -26,6 +26,8 @@ _PARALLEL_ELEMENTS = 40000
 _STORED = 2053
 
 _UNITS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# The distance between subnormal numbers, which no relative bound covers.
+_SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _tolerance(name: str, dtype: str, values: Mapping[str, Array], answer: Array
     """The bound of a build's gate: 2e-5 of the output's size in float32, 1e-12 in float64, one unit
     of a half type on top. From the output, x_hat = (y - beta)/gamma loses |y|/|gamma| ulps.
     """
-    size = max(float(np.max(np.abs(answer), initial=0.0)), _terms(name, values))
+    size = max(_largest(answer), _terms(name, values))
     relative = 1e-12 if dtype == "float64" else 2e-5
     if "y" in values and "gamma" in values:
         relative *= 1.0 + _largest(values["y"]) / float(
@@ -164,7 +166,7 @@ def _tolerance(name: str, dtype: str, values: Mapping[str, Array], answer: Array
         )
     if dtype in ("float16", "bfloat16"):
         relative += _UNITS[dtype]
-    return relative * size
+    return relative * size + _SMALLEST.get(dtype, 0.0)
 
 
 def _terms(name: str, values: Mapping[str, Array]) -> float:
@@ -183,11 +185,17 @@ def _terms(name: str, values: Mapping[str, Array]) -> float:
 
 
 def _largest(array: Array) -> float:
-    return float(np.max(np.abs(array.astype(np.float64)), initial=0.0))
+    return float(np.max(np.abs(_finite(array)), initial=0.0))
 
 
 def _rms(array: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(array.astype(np.float64))))) if array.size else 0.0
+    finite = _finite(array)
+    return float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0
+
+
+def _finite(array: Array) -> Array:
+    wide = array.astype(np.float64)
+    return wide[np.isfinite(wide)]
 
 
 def _bits(array: Array) -> Array:

@@ -37,7 +37,7 @@ def _parse_dim(item: object, shape: object) -> Dim:
         size = int(text) if isinstance(text, str) else operator.index(text)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         size = 0
-    if size < 1 or isinstance(item, bool):
+    if not 1 <= size < 2**63 or isinstance(item, bool):
         raise SpecError(
             f"shape: expected ints of at least 1 and names, such as N,64,H,W; got {item!r} in "
             f"{shape!r}. Give a dim that may be empty a name"

@@ -42,17 +42,19 @@ def kinds(spec: NormSpec) -> tuple[str, ...]:
     """The graph kinds `spec` has, in the order they are exported.
 
     backward_frozen, the gradient with the running statistics as constants, is there where they
-    are tracked.
+    are tracked. Raises `SpecError` for what is no spec.
     """
+    if not isinstance(spec, NormSpec):
+        raise SpecError(f"spec: expected a NormSpec, such as NormSpec('layer_norm'); got {spec!r}")
     return tuple(k for k in _KINDS if k != "backward_frozen" or spec.track_running_stats)
 
 
 def check_kind(spec: NormSpec, kind: str) -> str:
     """Return `kind` if `spec` has it, else raise `SpecError`."""
-    if kind in kinds(spec):
+    if isinstance(kind, str) and kind in kinds(spec):
         return kind
     hint = ""
-    if kind in _KINDS:
+    if isinstance(kind, str) and kind in _KINDS:
         hint = f". {kind} needs running statistics (track_running_stats=True)"
     raise SpecError(f"kind: expected one of {', '.join(kinds(spec))}; got {kind!r}{hint}")
 

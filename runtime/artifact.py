@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from normgraph.errors import (
+    ArgumentTypeError,
     ArtifactCorrupt,
     ArtifactError,
     ArtifactIncompatible,
@@ -69,6 +70,10 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     not what was written, ArtifactIncompatible where it is sound but this host or this version
     cannot run it. Nothing of it has been loaded into the process by then.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentTypeError(
+            f"path: expected a string or a path of an artifact's directory; got {path!r}."
+        )
     root = Path(os.path.abspath(os.fspath(path)))
     manifest = _read_manifest(root)
     while True:

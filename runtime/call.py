@@ -111,7 +111,7 @@ class Call:
             raise ArgumentTypeError(
                 f"{self.signature.kind}: copy must be True or False, but it is {copy!r}."
             )
-        if want is None and grad_req == "write":
+        if want is None and type(grad_req) is str and grad_req == "write":
             selection = self._every
         else:
             selection = self._select(*freeze(self.signature, want, grad_req))
@@ -129,6 +129,16 @@ class Call:
                     if result is not None:
                         return result
         return self._full(args, selection, out, copy)
+
+    def kernel(self, inputs: Sequence[Any]) -> list[Any]:
+        """All outputs of the bare kernel, from tvm_ffi tensors known to be good."""
+        shapes = self.signature.output_shapes(tuple(tuple(tensor.shape) for tensor in inputs))
+        outputs = [
+            dlpack.owned_tensor(shape, spec.dtype)
+            for shape, spec in zip(shapes, self.signature.outputs, strict=True)
+        ]
+        self._function(*inputs, *outputs, self._every.request)
+        return outputs
 
     def function(self) -> Callable[..., Any]:
         """This call as a function, which costs less where it is small; it does the same."""

@@ -49,7 +49,13 @@ def plain_call(
         copy: Any = True,
         **named: Any,
     ) -> Any:
-        if want is None and grad_req == "write" and not named and len(args) == arity:
+        if (
+            want is None
+            and grad_req.__class__ is str
+            and grad_req == "write"
+            and not named
+            and len(args) == arity
+        ):
             flags = unsure
             sizes = []
             for array, dtype in zip(args, inputs):  # noqa: B905  # the lengths are equal

@@ -12,6 +12,7 @@ from normgraph.runtime.dlpack import AnyArray
 from normgraph.runtime.signature import Shape
 
 torch: Any = sys.modules["torch"]
+forward_ad: Any = sys.modules["torch.autograd.forward_ad"]
 noun = "torch tensor"
 notes_writes = True
 
@@ -23,7 +24,7 @@ def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
 
 
 def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
-    if len(arrays) != len(dtypes):
+    if len(arrays) != len(dtypes) or _recording():
         return None
     try:
         for tensor, dtype in zip(arrays, dtypes):  # noqa: B905  # the lengths were compared above
@@ -36,12 +37,42 @@ def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ..
                 or tensor.is_nested
                 or tensor.is_neg()
                 or not tensor.is_contiguous()
-                or tensor.data_ptr() % tensor.itemsize
+                or not _aligned(tensor)
             ):
                 return None
     except RuntimeError:  # tensors without memory, inside of function transforms
         return None
     return tuple([tensor.shape for tensor in arrays]), False
+
+
+def _aligned(tensor: Any) -> bool:
+    """Whether the tensor has memory, at a multiple of its element size."""
+    address: int = tensor.data_ptr()
+    return address != 0 and address % tensor.itemsize == 0
+
+
+def _recording() -> bool:
+    """Whether torch is following operations that a kernel call would be missing from."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or (proxies is not None and proxies.get_proxy_mode() is not None)
+    )
+
+
+def _check_recorded(tensor: Any, where: str) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ArgumentError(
+            f"{where} has a forward-mode tangent, and a kernel call passes none on. Pass the primal"
+            f" alone: torch.autograd.forward_ad.unpack_dual(tensor).primal."
+        )
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if torch._C._is_tracing() or (proxies is not None and proxies.get_proxy_mode() is not None):
+        raise ArgumentError(
+            f"{where} is being traced, and a kernel call would be missing from the trace. Call it"
+            f" outside of torch.jit.trace and make_fx."
+        )
 
 
 def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:
@@ -58,7 +89,10 @@ def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned:
 
 
 def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
-    return [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [
+        torch.empty(shape, dtype=dtype, device="cpu")
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
 
 
 def has_zero(array: Any) -> bool:
@@ -82,6 +116,7 @@ def view(array: Any, where: str) -> View:
             f"{where} requires grad, and a kernel call is not recorded by autograd. Pass"
             f" tensor.detach(), or call inside torch.no_grad()."
         )
+    _check_recorded(array, where)
     tensor = array.detach() if array.requires_grad else array
     try:
         address = tensor.data_ptr()
@@ -90,6 +125,11 @@ def view(array: Any, where: str) -> View:
             f"{where} has no memory of its own ({type(array).__name__}): {error}. Call outside of"
             f" tracing and function transforms."
         ) from None
+    if address == 0 and tensor.numel():
+        raise ArgumentTypeError(
+            f"{where} has no memory ({type(array).__name__}): its storage is empty or not real."
+            f" Pass a tensor that holds its values."
+        )
     defect = None
     if tensor.is_neg() or tensor.is_conj():
         defect = "a lazily negated or conjugated view"
@@ -109,7 +149,7 @@ def view(array: Any, where: str) -> View:
 
 
 def copy(view_: View) -> View:
-    dense = torch.empty(view_.shape, dtype=view_.array.dtype)
+    dense = torch.empty(view_.shape, dtype=view_.array.dtype, device="cpu")
     with torch.no_grad():
         dense.copy_(view_.array)  # resolves a lazy negation too
     return view(dense, "copy")
@@ -120,12 +160,12 @@ def kernel_argument(view_: View) -> Any:
 
 
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
-    tensor = torch.empty(shape, dtype=_DTYPES[dtype])
+    tensor = torch.empty(shape, dtype=_DTYPES[dtype], device="cpu")
     return View(tensor, shape, dtype, None, True, 0, tensor.nbytes)
 
 
 def scalar(value: float, dtype: str) -> Any:
-    return torch.tensor(value, dtype=_DTYPES[dtype])
+    return torch.tensor(value, dtype=_DTYPES[dtype], device="cpu")
 
 
 def memory(view_: View) -> AnyArray:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 from normgraph.errors import SpecError
 
@@ -25,6 +25,7 @@ OPERATORS = tuple(_OPTIONS)
 
 # torch weights the new value by momentum, the other two the old one.
 _DEFAULT_MOMENTUM = {"torch": 0.1, "onnx": 0.9, "mxnet": 0.9}
+_LEAST_FLOAT32, _MOST_FLOAT32 = 2.0**-149, 2.0**128 - 2.0**104
 _MACHINE_EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 
 
@@ -109,9 +110,10 @@ class NormSpec:
             return
         if not _is_number(self.eps):
             raise SpecError(f"eps: expected a number; got {self.eps!r}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
+        eps = _to_float(self.eps)
+        if not (math.isfinite(eps) and eps >= 0):
             raise SpecError(f"eps: expected a finite number of at least 0; got {self.eps!r}")
-        self._set("eps", float(self.eps))
+        self._set("eps", eps)
 
     def _resolve_axes(self) -> None:
         if self._takes("groups"):
@@ -164,7 +166,8 @@ class NormSpec:
         if momentum is not None:
             if not _is_number(momentum):
                 raise SpecError(f"momentum: expected a number or None; got {momentum!r}")
-            momentum = default if math.isnan(momentum) else float(momentum)
+            momentum = _to_float(momentum)
+            momentum = default if math.isnan(momentum) else momentum
             if not 0 <= momentum <= 1:
                 raise SpecError(f"momentum: expected a number from 0 to 1; got {momentum!r}")
         if not tracks and (momentum != default or self.convention != "torch"):
@@ -182,10 +185,16 @@ class NormSpec:
     def resolve(self, dtype: str) -> NormSpec:
         """The spec with eps and param_dtype filled in for an x of `dtype`.
 
-        Raises `SpecError` where param_dtype is neither x's type nor the one it computes in.
+        Raises `SpecError` where param_dtype is neither x's type nor the one it computes in, and
+        where the latter cannot hold eps.
         """
         core = compute_dtype(dtype)
         eps = _MACHINE_EPSILON[core] if self.eps is None else self.eps
+        if core == "float32" and eps and not _LEAST_FLOAT32 <= eps <= _MOST_FLOAT32:
+            raise SpecError(
+                f"eps: expected 0 or a number that {core}, in which x of {dtype} is computed, can "
+                f"hold ({_LEAST_FLOAT32:.3g} to {_MOST_FLOAT32:.3g}); got {eps!r}"
+            )
         param_dtype = dtype if self.param_dtype is None else self.param_dtype
         if param_dtype not in (dtype, core):
             allowed = dtype if dtype == core else f"{dtype} or {core}"
@@ -209,6 +218,13 @@ class NormSpec:
                 + (f"unknown {', '.join(unknown)}" if unknown else "no op")
             )
         return cls(**values)
+
+
+def _to_float(value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _is_number(value: object) -> bool:

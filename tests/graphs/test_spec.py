@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from normgraph import NormSpec
@@ -165,3 +166,24 @@ def test_an_unknown_dtype_is_refused(dtype: Any) -> None:
 def test_from_dict_refuses_what_is_no_option(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         NormSpec.from_dict(values)
+
+
+@pytest.mark.parametrize("eps", [1e39, 1e-50])
+def test_eps_must_fit_the_type_it_is_added_in(eps: float) -> None:
+    spec = NormSpec("layer_norm", eps=eps)
+    with pytest.raises(SpecError, match="eps: expected 0 or a number that float32"):
+        spec.resolve("float16")
+    assert spec.resolve("float64").eps == eps
+
+
+def test_numbers_of_other_libraries_are_taken_as_pythons_own() -> None:
+    spec = NormSpec("group_norm", groups=np.int64(4), eps=np.float64(1e-3))
+    assert spec == NormSpec("group_norm", groups=4, eps=1e-3)
+    assert type(spec.groups) is int
+    assert type(spec.eps) is float
+
+
+@pytest.mark.parametrize("eps", [10**400, -1, float("nan")])
+def test_eps_out_of_range(eps: float) -> None:
+    with pytest.raises(SpecError, match="eps: expected a finite number"):
+        NormSpec("layer_norm", eps=eps)

@@ -230,3 +230,21 @@ def test_a_bare_install(name: str, build_artifact: Callable[..., Path], tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "fine\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (ng.NormSpec("batch_norm"), (1, 3, 1)),
+        (ng.NormSpec("instance_norm"), (1, 3, 1, 1)),
+        (ng.NormSpec("group_norm", groups=4), (1, 4, 1)),
+    ],
+)
+def test_one_value_a_statistic_is_refused_in_a_call_and_not_in_the_self_test(
+    build_operator: Callable[..., Any], spec: ng.NormSpec, shape: tuple[int, ...]
+) -> None:
+    op = build_operator(spec, shape)
+    assert op.self_test()
+    inputs = [np.ones(s.shape, np.float32) for s in op.signature("forward").inputs]
+    with pytest.raises(ArgumentError, match="Expected more than 1"):
+        op.forward(*inputs)
