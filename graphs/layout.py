@@ -70,14 +70,17 @@ class Layout:
 
     @property
     def centred(self) -> bool:
+        """Whether the operator subtracts a mean: all but rms_norm."""
         return ROWS[self.spec.op].centred
 
     @property
     def rank(self) -> int:
+        """The number of axes inside the graph: x's, and one more for group_norm."""
         return len(self.dims)
 
     @property
     def outer_axes(self) -> tuple[int, ...]:
+        """The axes a statistic reduces that are not `row_axes`."""
         return tuple(a for a in self.stat_axes if a not in self.row_axes)
 
     @property
@@ -98,6 +101,7 @@ class Layout:
 
     @property
     def gamma_varies(self) -> bool:
+        """Whether there is a gamma that takes several values within one statistic's slice."""
         return self.spec.weight and self.params_vary
 
     @property
@@ -112,6 +116,7 @@ class Layout:
 
     @property
     def may_be_empty(self) -> bool:
+        """Whether x may have no elements: only a dim with a name may be 0."""
         return any(isinstance(d, str) for d in self.shape)
 
 
@@ -125,7 +130,8 @@ def resolve_layout(spec: NormSpec, shape: str | Iterable[object], dtype: str) ->
     carries = has_params or spec.track_running_stats or spec.groups is not None
     for axis in axes_of(letters, "cd"):
         if carries and isinstance(parsed[axis], str):
-            why = "groups split it" if spec.groups is not None else "parameters vary along it"
+            what = "parameters" if has_params else "running statistics"
+            why = "groups split it" if spec.groups is not None else f"{what} vary along it"
             raise SpecError(
                 f"shape: expected an int at axis {axis} of {spec.op}, because {why}; "
                 f"got the name {parsed[axis]!r} in {_show(parsed)}"

@@ -63,10 +63,12 @@ class _Space:
 
     @property
     def letters(self) -> str:
+        """One letter an axis of `split`."""
         return axis_letters(self.spec, len(self.shape))
 
     @property
     def split(self) -> tuple[int, ...]:
+        """x's shape with group_norm's channels as (groups, channels of a group)."""
         if self.spec.groups is None:
             return self.shape
         n, c, *spatial = self.shape
@@ -74,14 +76,17 @@ class _Space:
 
     @property
     def stats(self) -> tuple[int, ...]:
+        """The axes a statistic reduces."""
         return axes_of(self.letters, ROWS[self.spec.op].stats)
 
     @property
     def params(self) -> tuple[int, ...]:
+        """The axes gamma, beta and the running statistics vary along."""
         return axes_of(self.letters, ROWS[self.spec.op].params)
 
     @property
     def m(self) -> int:
+        """Elements of a slice."""
         return math.prod(self.split[a] for a in self.stats)
 
     @property
@@ -90,6 +95,7 @@ class _Space:
         return max(self.m - self.spec.correction, 1)
 
     def inside(self, name: str, value: Array) -> Array:
+        """An input in the shape it broadcasts against `split` in."""
         if name in ("x", "y", "dy"):
             return value.reshape(self.split)
         if name in ("gamma", "beta", "running_mean", "running_var"):
@@ -98,6 +104,7 @@ class _Space:
         return value
 
     def outside(self, name: str, value: Array) -> Array:
+        """An output in the shape the graph gives it in."""
         if name in ("y", "dx"):
             return value.reshape(self.shape)
         if name in ("dgamma", "dbeta", "new_running_mean", "new_running_var"):
@@ -111,9 +118,11 @@ class _Space:
         return total
 
     def mean_over_slice(self, value: Array) -> Array:
+        """The mean over each statistic's slice; 0 where it is empty."""
         return self.over_slice(value) / max(self.m, 1)
 
     def over_all_but_params(self, value: Array) -> Array:
+        """The sum over every axis that the parameters do not vary along."""
         axes = tuple(a for a in range(value.ndim) if a not in self.params)
         total: Array = value.sum(axis=axes, keepdims=True)
         return total

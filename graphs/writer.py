@@ -81,6 +81,7 @@ class GraphWriter:
         return name
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
+        """Declare the tensor `name` an input. Raises `NormGraphError` where it is known already."""
         self._claim(name)
         self._inputs.append(_value_info(name, dtype, shape))
 

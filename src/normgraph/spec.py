@@ -162,18 +162,21 @@ class NormSpec:
                 f"convention: expected one of {', '.join(CONVENTIONS)}; got {self.convention!r}"
             )
         default = _DEFAULT_MOMENTUM[self.convention]
-        momentum = self.momentum
+        momentum, left_out = self.momentum, False
         if momentum is not None:
             if not _is_number(momentum):
                 raise SpecError(f"momentum: expected a number or None; got {momentum!r}")
             momentum = _to_float(momentum)
-            momentum = default if math.isnan(momentum) else momentum
+            left_out = math.isnan(momentum)
+            momentum = default if left_out else momentum
             if not 0 <= momentum <= 1:
                 raise SpecError(f"momentum: expected a number from 0 to 1; got {momentum!r}")
         if not tracks and (momentum != default or self.convention != "torch"):
+            given = [] if left_out else [f"momentum={momentum!r}"]
+            given += [] if self.convention == "torch" else [f"convention={self.convention!r}"]
             raise SpecError(
-                f"momentum={momentum!r}, convention={self.convention!r}: these say how running "
-                f"statistics are updated, and this {self.op} has none. Leave them out"
+                f"momentum and convention say how running statistics are updated, and this "
+                f"{self.op} has none; got {', '.join(given)}. Leave them out"
                 + (
                     ", or set track_running_stats=True."
                     if self._takes("track_running_stats")

@@ -137,9 +137,14 @@ def test_parameters_have_the_type_of_x_or_of_the_sums(param_dtype: str, dtype: s
         ("batch_norm", {"momentum": -0.1}, "momentum: expected a number from 0 to 1"),
         ("batch_norm", {"momentum": "0.1"}, "momentum: expected a number or None"),
         ("batch_norm", {"convention": "tf"}, "convention: expected one of torch, onnx, mxnet"),
-        ("layer_norm", {"momentum": 0.5}, "this layer_norm has none. Leave them out.$"),
-        ("instance_norm", {"momentum": None}, "has none.*or set track_running_stats=True"),
-        ("instance_norm", {"convention": "onnx"}, "has none.*or set track_running_stats=True"),
+        ("layer_norm", {"momentum": 0.5}, "has none; got momentum=0.5. Leave them out.$"),
+        ("instance_norm", {"momentum": None}, "got momentum=None. .*set track_running_stats=True"),
+        ("instance_norm", {"convention": "onnx"}, "has none; got convention='onnx'. Leave"),
+        (
+            "instance_norm",
+            {"convention": "mxnet", "momentum": 0.5},
+            "this instance_norm has none; got momentum=0.5, convention='mxnet'. Leave them out, or",
+        ),
         ("batch_norm", {"param_dtype": "half"}, "param_dtype: expected one of float16, bfloat16"),
     ],
 )
