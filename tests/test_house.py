@@ -48,6 +48,10 @@ TOP = {
 }
 TEXT = {"", ".c", ".md", ".py", ".sh", ".toml", ".txt"}
 PUBLIC = ("errors", "graphs", "compile", "runtime")
+# Where every public function, class, method and property is documented, but for the names that
+# say it all.
+DOCUMENTED = ("graphs", "runtime")
+PLAIN_NAMES = {"input_names", "output_names"}
 LONGEST = 400
 # Written in two parts where this file would match itself.
 FORBIDDEN = {
@@ -152,6 +156,33 @@ def test_every_public_name_is_documented(module: str) -> None:
                 and inspect.isfunction(member)
                 and not inspect.getdoc(member)
             ]
+    assert silent == []
+
+
+def definitions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """The functions and classes of a module, and what those classes hold; not what is private."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if node.name.startswith("_"):
+                continue
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node)
+
+
+@pytest.mark.parametrize("folder", DOCUMENTED)
+def test_every_public_definition_is_documented(folder: str, repository: Path) -> None:
+    """The functions of an adapter are documented once, in the protocol they follow."""
+    adapter = set(vars(importlib.import_module("normgraph.runtime.adapters").Adapter))
+    silent = [
+        f"{path}: {node.name}"
+        for path, tree in modules(repository)
+        if path.parts[0] == folder
+        for node in definitions(tree)
+        if not ast.get_docstring(node)
+        and node.name not in PLAIN_NAMES
+        and not (path.name.endswith("_adapter.py") and node.name in adapter)
+    ]
     assert silent == []
 
 
