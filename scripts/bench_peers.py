@@ -30,12 +30,16 @@ class PeerMissing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A contender: what it is called, what it runs, how many threads it may use."""
+    """A contender: what it is called, what it runs, how many threads it may use.
+
+    `coarse`: it may round what it keeps between its steps to x's dtype.
+    """
 
     name: str
     call: Callable[[], Outputs]
     threads: int
     fresh: bool
+    coarse: bool = False
 
 
 def ours(

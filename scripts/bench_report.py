@@ -18,7 +18,7 @@ class Row:
 
     heap     "given": outputs allocated once; "warm": fresh outputs from memory kept by the process;
              "cold": fresh outputs from memory the system hands out page by page
-    timing   None where the peer could not be run; `reason` says why
+    timing   None where the peer could not be run or was wrong; `reason` says why
     ratio    its median over that of our kernel with given outputs: above 1 is slower than ours
     """
 
@@ -87,7 +87,7 @@ class BenchReport:
         for row in self.rows:
             start = f"{row.kind:21}{row.peer:28}{row.heap:9}"
             if row.timing is None:
-                lines.append(f"{start}not run: {row.reason}")
+                lines.append(f"{start}not timed: {row.reason}")
                 continue
             t = row.timing
             lines.append(

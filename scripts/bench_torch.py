@@ -31,6 +31,11 @@ def torch_eager(spec: NormSpec, kind: str, inputs: Mapping[str, Array], threads:
 
     torch.set_num_threads(threads)
     tensors = {name: _tensor(torch, array) for name, array in inputs.items()}
+    if "running_mean" in tensors:
+        # torch refuses parameters of a half type beside float32 statistics.
+        for name in ("gamma", "beta"):
+            if name in tensors:
+                tensors[name] = tensors[name].to(tensors["running_mean"].dtype)
     frozen = kind in ("inference", "backward_frozen")
     forward = _forward(torch, spec, tensors, frozen)
     if not kind.startswith("backward"):
@@ -39,7 +44,7 @@ def torch_eager(spec: NormSpec, kind: str, inputs: Mapping[str, Array], threads:
             with torch.no_grad():
                 return {"y": forward()}
 
-        return Peer("torch eager", call, threads, fresh=True)
+        return Peer("torch eager", call, threads, fresh=True, coarse=True)
     sources = {
         gradient: tensors[name].requires_grad_(True)
         for gradient, name in (("dx", "x"), ("dgamma", "gamma"), ("dbeta", "beta"))
@@ -52,7 +57,7 @@ def torch_eager(spec: NormSpec, kind: str, inputs: Mapping[str, Array], threads:
         found = torch.autograd.grad(y, wanted, tensors["dy"], retain_graph=True)
         return dict(zip(sources, found, strict=True))
 
-    return Peer("torch eager", gradients, threads, fresh=True)
+    return Peer("torch eager", gradients, threads, fresh=True, coarse=True)
 
 
 def _tensor(torch: Any, array: Array) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from normgraph import NormSpec
 from normgraph.errors import AccuracyError, ArgumentError
-from normgraph.scripts import bench_peers, bench_table
+from normgraph.scripts import bench_peers, bench_table, bench_torch
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_overheads import small_shape
 from normgraph.scripts.bench_peers import Peer
@@ -31,6 +31,18 @@ def artifact(build_artifact: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def report(artifact: Path) -> BenchReport:
     return bench(artifact, (2, 6, 5, 7), rounds=2, seconds=0.001)
+
+
+def quick(
+    artifact: Path, shape: tuple[int, ...] = (2, 6, 5, 7), kinds: Sequence[str] = ("forward",)
+) -> BenchReport:
+    return bench(
+        artifact, shape, kinds=kinds, rounds=1, seconds=0.001, stock=False, overheads=False
+    )
+
+
+def reasons(report: BenchReport) -> dict[str, str]:
+    return {row.peer: row.reason for row in report.rows if row.timing is None}
 
 
 def test_peers_and_the_memory_limit_are_there(report: BenchReport) -> None:
@@ -105,8 +117,43 @@ def test_a_peer_that_is_wrong_is_not_timed(artifact: Path, monkeypatch: pytest.M
         return Peer("onnxruntime", lambda: {"y": inputs["x"] + np.float32(1)}, threads, False)
 
     monkeypatch.setattr(bench_peers, "onnx_runtime", wrong)
-    with pytest.raises(AccuracyError, match="onnxruntime, forward, y"):
-        bench(artifact, (2, 6, 5, 7), kinds=("forward",), rounds=1, seconds=0.001, stock=False)
+    report = quick(artifact)
+    assert reasons(report).keys() == {"onnxruntime"}
+    assert "onnxruntime, forward, y: expected float64's answer" in reasons(report)["onnxruntime"]
+    assert "not timed: onnxruntime, forward, y" in report.to_text()
+
+
+def test_a_peer_that_raises_is_not_timed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mixed dtype\nand more")
+
+    monkeypatch.setattr(bench_torch, "torch_eager", fail)
+    report = quick(artifact)
+    assert reasons(report) == {"torch eager": "RuntimeError: mixed dtype"}
+    assert report.find("forward", "normgraph", "given") is not None
+
+
+def test_our_own_kernel_must_be_right(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(operator: Any, kind: str, inputs: dict[str, Any], *_: Any, fresh: bool) -> Peer:
+        return Peer("normgraph", lambda: {"y": inputs["x"]}, 1, fresh)
+
+    monkeypatch.setattr(bench_peers, "ours", wrong)
+    with pytest.raises(AccuracyError, match="normgraph, forward, y"):
+        quick(artifact)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [("batch_norm", "float16"), ("instance_norm", "bfloat16"), ("layer_norm", "bfloat16")],
+)
+def test_half_types(op: str, dtype: str, build_artifact: Callable[..., Path]) -> None:
+    pytest.importorskip("torch")
+    path = build_artifact(NormSpec(op), ("N", 6, 7), dtype, ("forward", "backward"))
+    report = quick(path, (3, 6, 7), kinds=("forward", "backward"))
+    for kind in ("forward", "backward"):
+        assert report.find(kind, "torch eager", "warm") is not None, report.to_text()
+        assert report.find(kind, "normgraph", "given") is not None
+    assert set(reasons(report)) <= {"onnxruntime"}
 
 
 def test_a_shape_the_artifact_does_not_take_is_refused(artifact: Path) -> None:
