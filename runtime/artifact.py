@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 
 T = TypeVar("T")
 
+# Of a manifest: its digest, and which file it was when it was read.
+Edition = tuple[str, int, int]
+
 _REBUILD = "Build the artifact again."
 
 
@@ -47,7 +50,11 @@ class SelfTestCase:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A sound artifact, with the library that this host runs."""
+    """A sound artifact, with the library that this host runs.
+
+    vectors: what the self-test file holds, where the build could not run the self-test.
+    edition: differs from that of what another build puts in its place.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
@@ -60,6 +67,8 @@ class Artifact:
     target: str
     self_test: Path
     self_test_status: str
+    vectors: bytes | None
+    edition: Edition
     self_test_cases: tuple[SelfTestCase, ...]
 
 
@@ -75,16 +84,16 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"path: expected a string or a path of an artifact's directory; got {path!r}."
         )
     root = Path(os.path.abspath(os.fspath(path)))
-    manifest = _read_manifest(root)
+    manifest, edition = _read_manifest(root)
     while True:
         try:
-            return _check(root, manifest)
+            return _check(root, manifest, edition)
         except ArtifactCorrupt:
             # A build that replaced the manifest meanwhile also removed the old files.
-            newer = _read_manifest(root)
-            if newer["digest"] == manifest["digest"]:
+            manifest, newer = _read_manifest(root)
+            if newer == edition:
                 raise
-            manifest = newer
+            edition = newer
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -94,7 +103,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def _read_manifest(root: Path) -> tuple[dict[str, Any], Edition]:
     if not root.exists():
         raise ArtifactNotFound(
             f"{root}: no such directory; expected an artifact. Build one there, or check the path."
@@ -111,8 +120,10 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             f" check the path."
         )
     try:
-        manifest = json.loads(_read(file).decode("utf-8"))
-    except ValueError as error:
+        content, inode, time = _read(file)
+        manifest = json.loads(content.decode("utf-8"))
+        digest = manifest_digest(manifest) if isinstance(manifest, dict) else ""
+    except (ValueError, RecursionError) as error:
         raise ArtifactCorrupt(f"{file}: expected JSON, but {error}. {_REBUILD}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactCorrupt(
@@ -126,15 +137,15 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         )
     if version < 1:
         raise ArtifactCorrupt(f"{file}: format version {version} does not exist. {_REBUILD}")
-    if _field(file, manifest, "digest", str) != manifest_digest(manifest):
+    if _field(file, manifest, "digest", str) != digest:
         raise ArtifactCorrupt(
             f"{file}: the manifest does not match its own digest: it was changed after it was"
             f" written. {_REBUILD}"
         )
-    return manifest
+    return manifest, (digest, inode, time)
 
 
-def _check(root: Path, manifest: dict[str, Any]) -> Artifact:
+def _check(root: Path, manifest: dict[str, Any], edition: Edition) -> Artifact:
     file = root / MANIFEST
     try:
         spec = NormSpec.from_dict(_field(file, manifest, "spec", dict))
@@ -148,14 +159,17 @@ def _check(root: Path, manifest: dict[str, Any]) -> Artifact:
     functions: dict[str, str] = {}
     for kind, entry in kinds.items():
         functions[kind] = _field(file, entry, "function", str)
+        if functions[kind] != kind and functions[kind] in kinds:
+            raise ArtifactCorrupt(f"{file}: {kind} names the function of another kind. {_REBUILD}")
         signatures[kind] = _signature(file, kind, entry)
         _check_file(root, _field(file, entry, "graph", dict))
     if not kinds:
         raise ArtifactCorrupt(f"{file}: the artifact holds no kinds. {_REBUILD}")
     libraries = _field(file, manifest, "libraries", list)
-    paths = [_check_file(root, entry) for entry in libraries]
+    paths = [_check_file(root, entry)[0] for entry in libraries]
     tests = _field(file, manifest, "self_test", dict)
-    vectors = _check_file(root, tests)
+    status = _field(file, tests, "status", str)
+    test, vectors = _check_file(root, tests)
     cases = tuple(_case(file, case) for case in _field(file, tests, "cases", list))
     chosen = _choose(file, libraries)
     return Artifact(
@@ -168,8 +182,10 @@ def _check(root: Path, manifest: dict[str, Any]) -> Artifact:
         functions=functions,
         library=paths[chosen],
         target=_field(file, _field(file, libraries[chosen], "target", dict), "name", str),
-        self_test=vectors,
-        self_test_status=_field(file, tests, "status", str),
+        self_test=test,
+        self_test_status=status,
+        vectors=None if status == "passed" else vectors,
+        edition=edition,
         self_test_cases=cases,
     )
 
@@ -273,18 +289,19 @@ def _field(file: Path, mapping: Any, key: str, kind: type[T]) -> T:
     return value
 
 
-def _check_file(root: Path, entry: Any) -> Path:
-    """Check name, size and sha256 of one file of the artifact."""
+def _check_file(root: Path, entry: Any) -> tuple[Path, bytes]:
+    """One file of the artifact and its content, with name, size and sha256 checked."""
     manifest = root / MANIFEST
     name = _field(manifest, entry, "file", str)
     if name in ("", ".", "..") or Path(name).name != name:
         raise ArtifactCorrupt(f"{manifest}: {name!r} is no plain file name. {_REBUILD}")
     file = root / name
-    if not file.is_file():
+    try:
+        content, _, _ = _read(file)
+    except ArtifactNotFound:
         raise ArtifactCorrupt(
             f"{file}: the manifest names this file, but it is missing. {_REBUILD}"
-        )
-    content = _read(file)
+        ) from None
     size = _field(manifest, entry, "size", int)
     if len(content) != size:
         raise ArtifactCorrupt(
@@ -294,11 +311,16 @@ def _check_file(root: Path, entry: Any) -> Path:
         raise ArtifactCorrupt(
             f"{file}: the content is not what was written (its sha256 differs). {_REBUILD}"
         )
-    return file
+    return file, content
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path) -> tuple[bytes, int, int]:
+    """The content, the inode and the time of change of one and the same file."""
     try:
-        return file.read_bytes()
+        with open(file, "rb") as opened:
+            status = os.fstat(opened.fileno())
+            return opened.read(), status.st_ino, status.st_mtime_ns
+    except FileNotFoundError:
+        raise ArtifactNotFound(f"{file}: there is no such file. {_REBUILD}") from None
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read: {error.strerror or error}.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from normgraph.errors import AccuracyError, ArtifactCorrupt
+from normgraph.errors import AccuracyError, ArtifactCorrupt, ArtifactNotFound
 from normgraph.runtime import dlpack
 from normgraph.runtime.artifact import Artifact, SelfTestCase
 from normgraph.runtime.call import Call
@@ -32,10 +33,16 @@ def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTe
     """Run every stored case. Raises AccuracyError for the first output that is wrong."""
     results: list[SelfTestResult] = []
     try:
-        with np.load(artifact.self_test, allow_pickle=False) as vectors:
+        source = artifact.self_test if artifact.vectors is None else io.BytesIO(artifact.vectors)
+        with np.load(source, allow_pickle=False) as vectors:
             for case in artifact.self_test_cases:
                 call = calls[case.kind]
                 results += _run(artifact, call, case, vectors)
+    except FileNotFoundError:
+        raise ArtifactNotFound(
+            f"{artifact.self_test}: the vectors of the self-test are gone: the artifact was"
+            f" replaced or removed after it was loaded. Load it again to test what is there now."
+        ) from None
     except (KeyError, IndexError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactCorrupt(
             f"{artifact.self_test}: the self-test cannot be read or run: {error}. Build the"
