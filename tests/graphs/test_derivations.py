@@ -102,6 +102,36 @@ def test_the_variance_over_m_minus_one() -> None:
     assert not agrees(inv_std(X, 1) * (g - g.mean() - hat * np.sum(g * hat) / M), correction=1)
 
 
+@pytest.mark.parametrize("correction", [0, 1])
+def test_two_elements_a_slice(correction: int) -> None:
+    """dx is eps / (var + eps) of its terms."""
+    x, dy = X[:2], DY[:2]
+    var, r, h = x.var(ddof=correction), inv_std(x, correction), GAMMA * (dy[0] - dy[1]) / 2
+    slope = central_differences(lambda v: float(dy @ forward(v, correction)), x)
+    want = r * h * EPS / (var + EPS)
+    assert abs(want) < 0.05 * abs(r * h)
+    np.testing.assert_allclose(slope, [want, -want], atol=1e-8)
+
+
+def test_two_elements_a_slice_in_float32(run_onnx: Any) -> None:
+    """The error is small beside the terms of dx, and not beside dx."""
+    rng = np.random.default_rng(5)
+    x, dy = (rng.normal(size=(64, 2)).astype(np.float32) for _ in "xd")
+    x[:, 1] = x[:, 0] + np.float32(2) * np.sign(x[:, 1])  # a variance of 1
+    spec = NormSpec("layer_norm", eps=1e-5, weight=False, bias=False)
+    made = graphs.reference.run(spec, "forward", {"x": x})
+    saved = {name: made[name].astype(np.float32) for name in ("mean", "inv_std")}
+    got = run_onnx(graphs.build(spec, "backward", ("N", 2)), {"dy": dy, "x": x, **saved})
+    true = graphs.reference.run(
+        spec, "backward", {"dy": dy, "x": x, **{name: made[name] for name in saved}}
+    )
+    error = np.abs(got["dx"] - true["dx"]).max()
+    terms = np.abs(made["inv_std"] * (dy[:, :1] - dy[:, 1:]) / 2)
+    np.testing.assert_allclose(np.abs(true["dx"]), terms * [1e-5, 1e-5], rtol=1e-3)
+    assert error < 1e-6 * terms.max()
+    assert error > 1e-3 * np.abs(true["dx"]).max()
+
+
 def test_the_form_from_the_output(run_onnx: Any) -> None:
     y, r, g = forward(X), inv_std(X), GAMMA * DY
     hat = (y - BETA) / GAMMA

@@ -182,7 +182,8 @@ def test_eps_must_fit_the_type_it_is_added_in(eps: float) -> None:
 
 
 def test_numbers_of_other_libraries_are_taken_as_pythons_own() -> None:
-    spec = NormSpec("group_norm", groups=np.int64(4), eps=np.float64(1e-3))
+    groups: Any = np.int64(4)
+    spec = NormSpec("group_norm", groups=groups, eps=np.float64(1e-3))
     assert spec == NormSpec("group_norm", groups=4, eps=1e-3)
     assert type(spec.groups) is int
     assert type(spec.eps) is float
