@@ -15,17 +15,6 @@ from normgraph.scripts.verify_inputs import Case, Inputs
 Array = NDArray[Any]
 torch = pytest.importorskip("torch")
 
-ROWS = {
-    "batch_norm": (NormSpec("batch_norm"), ("N", 6, "H", "W")),
-    "instance_norm": (
-        NormSpec("instance_norm", track_running_stats=True),
-        ("N", 6, "H", "W"),
-    ),
-    "group_norm": (NormSpec("group_norm", groups=2), ("N", 6, "H", "W")),
-    "layer_norm": (NormSpec("layer_norm"), ("N", "T", 37)),
-    "rms_norm": (NormSpec("rms_norm"), ("N", "T", 37)),
-}
-
 
 def _torch_forward(spec: NormSpec, v: dict[str, Any], training: bool) -> Any:
     functional = torch.nn.functional
@@ -51,21 +40,20 @@ def _wide(values: dict[str, Array]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("op", ROWS)
 def test_outputs_and_gradients_are_those_of_float64_autograd(
     op: str,
     training: bool,
     dtype: str,
-    build_operator: Callable[..., Any],
+    build_row: Callable[..., Any],
     call: Callable[..., Any],
     names: Callable[..., Any],
     within: Callable[..., None],
 ) -> None:
-    spec, shape = ROWS[op]
-    operator = build_operator(spec, shape, dtype)
+    operator = build_row(op, dtype)
+    spec = operator.spec
     forward, backward = ("forward", "backward") if training else ("inference", "backward_frozen")
     for mean in (0.0, 100.0):
-        size = (3, 6, 11, 13) if len(shape) == 4 else (3, 7, 37)
+        size = (3, 6, 11, 13) if len(operator.shape) == 4 else (3, 7, 37)
         inputs = Inputs(operator.spec, dtype, Case(size, mean), seed=7)
         values = _wide(inputs.values)
         sources = [name for name in ("x", "gamma", "beta") if op != "rms_norm" or name != "beta"]
@@ -88,11 +76,8 @@ def test_outputs_and_gradients_are_those_of_float64_autograd(
 
 
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
-def test_running_statistics_after_three_batches(
-    op: str, build_operator: Callable[..., Any]
-) -> None:
-    spec, shape = ROWS[op]
-    operator = build_operator(spec, shape, "float32")
+def test_running_statistics_after_three_batches(op: str, build_row: Callable[..., Any]) -> None:
+    operator = build_row(op)
     random = np.random.default_rng(11)
     mine = [np.zeros(6, np.float32), np.ones(6, np.float32)]
     theirs = {"running_mean": torch.zeros(6).double(), "running_var": torch.ones(6).double()}
@@ -101,7 +86,7 @@ def test_running_statistics_after_three_batches(
         x = (random.standard_normal((batch, 6, 5, 7)) * 3 + 2).astype(np.float32)
         found = operator.forward(x, gamma, beta, *mine)
         mine = [found.new_running_mean, found.new_running_var]
-        _torch_forward(spec, {"x": torch.from_numpy(x).double(), **theirs}, training=True)
+        _torch_forward(operator.spec, {"x": torch.from_numpy(x).double(), **theirs}, training=True)
     for got, want in zip(mine, theirs.values(), strict=True):
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-6, atol=1e-7)
 

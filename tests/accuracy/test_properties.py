@@ -11,21 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import normgraph.graphs.reference as reference
-from normgraph import NormSpec
 from normgraph.scripts.verify_inputs import Case, Inputs
 from normgraph.scripts.verify_tolerance import allowed
 
-ROWS = {
-    "batch_norm": (NormSpec("batch_norm"), ("N", 6, "H", "W")),
-    "instance_norm": (
-        NormSpec("instance_norm", track_running_stats=True),
-        ("N", 6, "H", "W"),
-    ),
-    "group_norm": (NormSpec("group_norm", groups=2), ("N", 6, "H", "W")),
-    "layer_norm": (NormSpec("layer_norm"), ("N", "T", 37)),
-    "rms_norm": (NormSpec("rms_norm"), ("N", "T", 37)),
-}
 DTYPES = st.sampled_from(["float16", "bfloat16", "float32", "float64"])
+Size = tuple[int, int, int]
+Drawn = Callable[[str, str, Size, float, int], tuple[Any, Inputs]]
 SEEDS = st.integers(0, 2**31 - 1)
 # A fixture is the same compiled kernel for every example: nothing to reset.
 EXAMPLES = settings(
@@ -36,35 +27,41 @@ EXAMPLES = settings(
 )
 
 
-def _size(op: str, n: int, high: int, wide: int) -> tuple[int, ...]:
-    return (n, high, 37) if op in ("layer_norm", "rms_norm") else (n, 6, high, wide)
+def _sizes(n: int, high: int, least: int, wide: int) -> st.SearchStrategy[Size]:
+    return st.tuples(st.integers(1, n), st.integers(1, high), st.integers(least, wide))
 
 
-@pytest.mark.parametrize("op", ROWS)
+@pytest.fixture(scope="session")
+def drawn(build_row: Callable[..., Any]) -> Drawn:
+    """drawn(op, dtype, size, mean, seed): the operator, and inputs of n, height and width."""
+
+    def make(op: str, dtype: str, size: Size, mean: float, seed: int) -> tuple[Any, Inputs]:
+        operator = build_row(op, dtype)
+        n, high, wide = size
+        shape = (n, 6, high, wide) if len(operator.shape) == 4 else (n, high, 37)
+        return operator, Inputs(operator.spec, dtype, Case(shape, mean), seed)
+
+    return make
+
+
 @EXAMPLES
 @given(
     dtype=DTYPES,
-    n=st.integers(1, 5),
-    high=st.integers(1, 13),
-    wide=st.integers(2, 37),
+    size=_sizes(5, 13, 2, 37),
     mean=st.sampled_from([0.0, 1.0, 100.0]),
     seed=SEEDS,
 )
 def test_any_shape_is_within_tolerance(
     op: str,
-    build_operator: Callable[..., Any],
+    drawn: Drawn,
     call: Callable[..., Any],
     names: Callable[..., Any],
     dtype: str,
-    n: int,
-    high: int,
-    wide: int,
+    size: Size,
     mean: float,
     seed: int,
 ) -> None:
-    spec, shape = ROWS[op]
-    operator = build_operator(spec, shape, dtype)
-    inputs = Inputs(operator.spec, dtype, Case(_size(op, n, high, wide), mean), seed)
+    operator, inputs = drawn(op, dtype, size, mean, seed)
     for kind in operator.kinds:
         arguments = inputs.take(names(operator, kind))
         want = reference.run(operator.spec, kind, arguments)
@@ -75,25 +72,15 @@ def test_any_shape_is_within_tolerance(
             assert np.all(error <= bound), f"{kind} {name}: {error.max()} > {bound.max()}"
 
 
-@pytest.mark.parametrize("op", ROWS)
 @EXAMPLES
-@given(n=st.integers(1, 4), high=st.integers(1, 9), wide=st.integers(2, 33), seed=SEEDS)
-def test_a_scaled_input_gives_the_same_output(
-    op: str,
-    build_operator: Callable[..., Any],
-    n: int,
-    high: int,
-    wide: int,
-    seed: int,
-) -> None:
+@given(size=_sizes(4, 9, 2, 33), seed=SEEDS)
+def test_a_scaled_input_gives_the_same_output(op: str, drawn: Drawn, size: Size, seed: int) -> None:
     """y(a x + b) = y(x) but for eps (rms_norm: b = 0)."""
-    spec, shape = ROWS[op]
-    operator = build_operator(spec, shape, "float64")
-    inputs = Inputs(operator.spec, "float64", Case(_size(op, n, high, wide), 0.0), seed)
+    operator, inputs = drawn(op, "float64", size, 0.0, seed)
     v = inputs.values
     shift = 0.0 if op == "rms_norm" else 3.0
     rest = [v["gamma"]] if op == "rms_norm" else [v["gamma"], v["beta"]]
-    if spec.track_running_stats:
+    if operator.spec.track_running_stats:
         rest += [v["running_mean"], v["running_var"]]
     # As x grows eps fades: 1e-5 beside the square of a scale of 1e6.
     one, other = (operator.forward(v["x"] * scale + shift, *rest).y for scale in (1e6, 2e6))
@@ -102,25 +89,16 @@ def test_a_scaled_input_gives_the_same_output(
 
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm", "group_norm", "layer_norm"])
 @EXAMPLES
-@given(n=st.integers(1, 4), high=st.integers(1, 9), wide=st.integers(4, 33), seed=SEEDS)
-def test_dx_sums_to_zero_over_each_slice(
-    op: str,
-    build_operator: Callable[..., Any],
-    n: int,
-    high: int,
-    wide: int,
-    seed: int,
-) -> None:
+@given(size=_sizes(4, 9, 4, 33), seed=SEEDS)
+def test_dx_sums_to_zero_over_each_slice(op: str, drawn: Drawn, size: Size, seed: int) -> None:
     """A shift of a slice changes no y, so the gradient along it is zero."""
-    spec, shape = ROWS[op]
-    operator = build_operator(spec, shape, "float64")
-    inputs = Inputs(operator.spec, "float64", Case(_size(op, n, high, wide), 1.0), seed)
+    operator, inputs = drawn(op, "float64", size, 1.0, seed)
     v = inputs.values
     dx = operator.backward(v["dy"], v["x"], v["gamma"], v["mean"], v["inv_std"], want=("dx",))
     if isinstance(dx, tuple):
         dx = dx[0]
     if op == "group_norm":
-        sums = dx.reshape(n, 2, -1).sum(axis=2)
+        sums = dx.reshape(len(dx), 2, -1).sum(axis=2)
     else:
         axes = {"batch_norm": (0, 2, 3), "instance_norm": (2, 3), "layer_norm": (2,)}[op]
         sums = dx.sum(axis=axes)
