@@ -84,6 +84,11 @@ class Operator:
         return tuple(self._calls)
 
     @property
+    def target(self) -> str:
+        """The target of the library this host runs, of those the artifact holds."""
+        return self._artifact.target
+
+    @property
     def manifest(self) -> Mapping[str, Any]:
         """The artifact's manifest as read when it was loaded."""
         return self._artifact.manifest

@@ -137,7 +137,8 @@ def _bench_kind(
     if kind in ("inference", "backward_frozen") and operator.spec.track_running_stats:
         full |= inputs.take(("running_mean", "running_var"))
     own_threads = threads if pool else 1
-    target = operator.manifest["libraries"][0]["target"]
+    targets = [library["target"] for library in operator.manifest["libraries"]]
+    target = next(each for each in targets if each["name"] == operator.target)
     makers: list[tuple[str, Callable[[], Peer]]] = [
         ("normgraph", lambda: bench_peers.ours(operator, kind, given, own_threads, fresh=False)),
         ("normgraph", lambda: bench_peers.ours(operator, kind, given, own_threads, fresh=True)),

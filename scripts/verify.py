@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 import normgraph
 import normgraph.graphs.reference as reference
-from normgraph.errors import CompileError, ToolMissing
+from normgraph.errors import ArgumentError, CompileError, ToolMissing
+from normgraph.runtime.rules import check_enough_values
 from normgraph.scripts import verify_debug
 from normgraph.scripts.verify_differences import GRADIENTS, Difference, differences
 from normgraph.scripts.verify_inputs import Case, Inputs, cases, check_shape, forward_names
-from normgraph.scripts.verify_onnx import NotRun, run_onnx
-from normgraph.scripts.verify_report import FAILED, Report, Row, compare, not_run
+from normgraph.scripts.verify_onnx import NotRun, Refused, run_onnx
+from normgraph.scripts.verify_report import FAILED, NOT_RUN, Report, Row, compare
 from normgraph.scripts.verify_tolerance import allowed, describe, scale_of
 
 Array = NDArray[Any]
@@ -112,7 +113,7 @@ class _Run:
         self.spec: normgraph.NormSpec = operator.spec
         self.dtype: str = operator.dtype
         self._manifest: Mapping[str, Any] = operator.manifest
-        self.target: str = self._manifest["libraries"][0]["target"]["name"]
+        self.target: str = operator.target
         held = self._manifest["kinds"]
         self.kinds = tuple(kind for kind in normgraph.graphs.kinds(self.spec) if kind in held)
         self.gradient_kinds = tuple(kind for kind in self.kinds if kind.startswith("backward"))
@@ -138,6 +139,14 @@ class _Run:
     def kind(self, kind: str, inputs: Inputs) -> Iterator[Row]:
         """Comparisons 1 to 3 of one kind at one case."""
         given = inputs.take(self._names(kind, "inputs"))
+        try:
+            shapes = tuple(array.shape for array in given.values())
+            check_enough_values(self.spec, self._operator.signature(kind), shapes)
+        except ArgumentError as error:
+            for output, _ in self._outputs(kind):
+                place = (kind, output, "kernel", "float64", inputs.case.label)
+                yield Row(*place, NOT_RUN, reason=f"the call is refused: {error}")
+            return
         want = reference.run(self.spec, kind, given)
         kernel = self._kernel(kind, given)
         graph = self._path / self._manifest["kinds"][kind]["graph"]["file"]
@@ -263,12 +272,13 @@ def _against_float64_and_onnx(
 
     `kernel` is a reason where no kernel could be made.
     """
-    label = inputs.case.label
+    label, status = inputs.case.label, NOT_RUN
     conditions = inputs.conditions(kind.removesuffix(" (debug)"))
     try:
         onnx_results: Results | str = run_onnx(graph, given, outputs)
-    except NotRun as error:
+    except (NotRun, Refused) as error:
         onnx_results = str(error)
+        status = FAILED if isinstance(error, Refused) else NOT_RUN
     for output, dtype in outputs:
         exact = want[output]
         bounds = {
@@ -282,7 +292,7 @@ def _against_float64_and_onnx(
         for subject, results in (("kernel", kernel), ("onnxruntime", onnx_results)):
             place = (kind, output, subject, "float64", label)
             if isinstance(results, str):
-                yield not_run(place, results)
+                yield Row(*place, status if subject == "onnxruntime" else NOT_RUN, reason=results)
             else:
                 bound, source = bounds[subject], sources[subject]
                 yield compare(place, results[output], exact, bound, dtype, source)

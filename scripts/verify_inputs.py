@@ -157,8 +157,3 @@ class Inputs:
             inv_std=float(inv_std.max()),
             from_output=from_output,
         )
-
-
-def inputs_of(manifest_kind: Mapping[str, Any]) -> list[str]:
-    """The input names of a kind, in the order of its graph."""
-    return [entry["name"] for entry in manifest_kind["inputs"]]

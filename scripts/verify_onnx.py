@@ -18,7 +18,11 @@ _BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
 class NotRun(Exception):
-    """onnxruntime is missing or lacks a kernel the graph needs; the message says which."""
+    """onnxruntime is missing, or lacks a kernel for bfloat16; the message says which."""
+
+
+class Refused(Exception):
+    """onnxruntime cannot run a graph of a dtype it has every kernel for: the graph is wrong."""
 
 
 def run_onnx(
@@ -26,8 +30,8 @@ def run_onnx(
 ) -> dict[str, Array]:
     """The outputs (name, dtype) of the graph for these inputs, on onnxruntime's CPU provider.
 
-    bfloat16 goes in and out as its bits. Raises NotRun where onnxruntime is not installed or has no
-    kernel for a node.
+    bfloat16 goes in and out as its bits. Raises NotRun where onnxruntime is not installed or cannot
+    run a graph with bfloat16, Refused where it cannot run any other.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise NotRun("onnxruntime is not installed: pip install 'normgraph[verify]'")
@@ -37,24 +41,22 @@ def run_onnx(
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     source = model if isinstance(model, bytes) else str(model)
-    try:
-        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        if type(error).__name__ in ("NotImplemented", "InvalidGraph") or (
-            "Could not find an implementation" in str(error)
-        ):
-            raise NotRun(f"onnxruntime {ort.__version__}: {_first_line(error)}") from None
-        raise
     feed = {name: _value(ort, array) for name, array in inputs.items()}
     wanted = [name for name, _ in outputs]
-    results = session.run_with_ort_values(wanted, feed)
+    try:
+        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        results = session.run_with_ort_values(wanted, feed)
+    except Exception as error:
+        reason = f"onnxruntime {ort.__version__}: {_first_line(error)}"
+        dtypes = {array.dtype.name for array in inputs.values()} | {dtype for _, dtype in outputs}
+        raise (NotRun(reason) if "bfloat16" in dtypes else Refused(reason)) from None
     return {
         name: _array(result, dtype) for (name, dtype), result in zip(outputs, results, strict=True)
     }
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _value(ort: Any, array: Array) -> Any:

@@ -104,11 +104,6 @@ def compare(
     )
 
 
-def not_run(place: tuple[str, str, str, str, str], reason: str) -> Row:
-    """The row of a comparison that could not be made, with the reason."""
-    return Row(*place, NOT_RUN, reason=reason)
-
-
 @dataclass(frozen=True)
 class Report:
     """All rows of one artifact. `ok`: something was compared and nothing failed."""

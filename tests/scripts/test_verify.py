@@ -104,6 +104,7 @@ def test_a_kernel_with_a_flipped_sign_fails(
     class Flipped:
         spec, shape, dtype = sound.spec, sound.shape, sound.dtype
         kinds, manifest = sound.kinds, sound.manifest
+        target, signature = sound.target, sound.signature
 
         def call(self, kind: str, *arguments: Any) -> Any:
             found = sound.call(kind, *arguments)
@@ -152,6 +153,50 @@ def test_a_graph_with_a_flipped_sign_fails(artifact: Path, tmp_path: Path) -> No
         ("backward", "dx", "onnxruntime", "float64"),
         ("backward", "dx", "kernel", "onnxruntime"),
     }
+
+
+def test_a_graph_that_onnxruntime_cannot_run_fails(artifact: Path, tmp_path: Path) -> None:
+    """A node of a domain that nobody has: not for onnxruntime to leave out."""
+    wrong = tmp_path / "artifact"
+    shutil.copytree(artifact, wrong)
+
+    def rename(manifest: dict[str, Any]) -> None:
+        entry = manifest["kinds"]["backward"]["graph"]
+        model = onnx.load(wrong / entry["file"])
+        model.graph.node[0].op_type = "NoSuchNode"
+        content = model.SerializeToString()
+        (wrong / entry["file"]).write_bytes(content)
+        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+
+    _rewrite(wrong, rename)
+    report = verify(wrong, (2, 6, 3, 11))
+    assert not report.ok
+    assert _failed(report) == {
+        ("backward", output, "onnxruntime", "float64") for output in ("dx", "dgamma", "dbeta")
+    }
+    assert "NoSuchNode" in report.to_text()
+
+
+@pytest.mark.parametrize(
+    ("op", "built", "given", "refused"),
+    [
+        ("batch_norm", (1, 3, 1, 1), None, {"forward"}),
+        ("instance_norm", ("N", 4, "L"), (1, 4, 1), {"forward", "inference"}),
+    ],
+)
+def test_one_value_a_statistic(
+    op: str,
+    built: tuple[int | str, ...],
+    given: tuple[int, ...] | None,
+    refused: set[str],
+    build_artifact: Callable[..., Path],
+) -> None:
+    report = verify(build_artifact(NormSpec(op), built), given)
+    assert report.ok, report.to_text()
+    assert {row.kind for row in report.rows if row.status == NOT_RUN} == refused
+    assert not refused & {row.kind for row in report.rows if row.status == PASSED}
+    assert "Expected more than 1" in report.to_text()
+    assert "backward" in {row.kind for row in report.rows if row.status == PASSED}
 
 
 def test_kernels_for_another_spec_fail(artifact: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from normgraph.scripts.verify_report import FAILED, NOT_RUN, PASSED, Report, compare, not_run
+from normgraph.scripts.verify_report import FAILED, NOT_RUN, PASSED, Report, Row, compare
 
 PLACE = ("backward", "dx", "kernel", "float64", "2x3 N(0,1)")
 
@@ -59,7 +59,7 @@ def test_another_shape_fails() -> None:
 def test_something_must_pass_and_nothing_fail() -> None:
     good = compare(PLACE, np.ones(2), np.ones(2), np.ones(2), "float32", "")
     bad = compare(PLACE, np.zeros(2), np.ones(2), np.full(2, 0.5), "float32", "")
-    skipped = not_run(PLACE, "no kernel for it")
+    skipped = Row(*PLACE, NOT_RUN, reason="no kernel for it")
     assert _report(good, skipped).ok
     assert not _report(good, bad).ok
     assert not _report(skipped).ok
@@ -68,7 +68,9 @@ def test_something_must_pass_and_nothing_fail() -> None:
 
 def test_text_and_json_say_the_same() -> None:
     bad = compare(PLACE, np.zeros(2), np.ones(2), np.full(2, 0.5), "float32", "the reason")
-    report = _report(bad, not_run((*PLACE[:2], "onnxruntime", *PLACE[3:]), "no kernel for it"))
+    report = _report(
+        bad, Row(*PLACE[:2], "onnxruntime", *PLACE[3:], NOT_RUN, reason="no kernel for it")
+    )
     text = report.to_text()
     assert "FAILED backward dx, kernel against float64" in text
     assert "got 0.0, expected 1.0, 5.0e-01 allowed" in text
