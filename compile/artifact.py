@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,15 +20,19 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 _LOCK = ".lock"
-_OWN = ("graph-*.onnx", "kernels-*.so", "kernels-*.o", "selftest-*.npz", ".writing-*")
+# The names `Writer` gives files, with the hash in them, and those of files it did not finish.
+_OWN = re.compile(
+    r"(graph-[a-z_]+-[0-9a-f]{12}\.onnx|kernels-.+-[0-9a-f]{12}\.s?o|selftest-[0-9a-f]{12}\.npz"
+    r"|\.writing-.+)"
+)
 
 
 class Writer:
     """Adds files under content-hashed names; `commit` makes them the artifact.
 
     Files are written beside what is there and never rewritten. Replacing manifest.json by one
-    rename is the commit; only then what the new manifest does not name is removed. A build that is
-    killed before leaves the old artifact as it was.
+    rename is the commit; only then the files of earlier builds that it does not name are removed. A
+    build that is killed before leaves the old artifact as it was.
     """
 
     def __init__(self, root: Path) -> None:
@@ -48,10 +53,9 @@ class Writer:
         text = json.dumps(whole, indent=1, sort_keys=True) + "\n"
         self._write(MANIFEST, text.encode("utf-8"))
         self._sync_folder()
-        for pattern in _OWN:
-            for file in self.root.glob(pattern):
-                if file.name not in self.named:
-                    file.unlink(missing_ok=True)
+        for file in list(self.root.iterdir()):
+            if _OWN.fullmatch(file.name) and file.name not in self.named:
+                file.unlink(missing_ok=True)
 
     def _write(self, name: str, content: bytes) -> None:
         handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=self.root)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,10 @@ from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, Writer, writing
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target, resolve
 from normgraph.compile.vectors import Case, Port
+from normgraph.errors import CompileError
+
+# TVM builds functions on a stack that all threads share.
+_ONE_AT_A_TIME = threading.Lock()
 
 # Larger static inputs take the float64 answers gigabytes and minutes.
 _MOST_TESTED = 2**25
@@ -40,7 +45,8 @@ def build(
     src: holds `<kind>.onnx` files from `graphs.export`, all of one spec, shape and dtype.
     target: a name from `targets()`, or a CPU as LLVM names it.
     out: the artifact's directory; an artifact that is there is replaced in one step.
-    debug_dump: a directory for the IR after each step. progress: called with a line per step.
+    debug_dump: a directory for the IR after each step up to the machine code.
+    progress: called with a line per step.
     self_test: run the kernels on vectors with float64 answers before anything is written, where
     this machine can run the target; the vectors travel with the artifact. False leaves them out, as
     do static shapes of more than 2**25 elements.
@@ -51,7 +57,31 @@ def build(
     """
     say = progress or (lambda message: None)
     goal = resolve(target)
+    _check_out(Path(src), Path(out))
     graphs = graph_files.read(Path(src))
+    with _ONE_AT_A_TIME:
+        return _build(graphs, goal, Path(out), debug_dump, say, self_test)
+
+
+def _check_out(src: Path, out: Path) -> None:
+    """Say before the work what would stop it after."""
+    if out.exists() and not out.is_dir():
+        raise CompileError(f"{out}: expected a directory for the artifact, and it is a file.")
+    if out.exists() and src.exists() and out.samefile(src):
+        raise CompileError(
+            f"{out}: the artifact would lie among the graphs it is made of, and its copies of them "
+            "would be taken for more. Give another directory for it."
+        )
+
+
+def _build(
+    graphs: Sequence[Graph],
+    goal: Target,
+    out: Path,
+    debug_dump: str | os.PathLike[str] | None,
+    say: Callable[[str], None],
+    self_test: bool,
+) -> Path:
     dump = pipeline.Dump(None if debug_dump is None else Path(debug_dump))
     scheduled = {}
     for graph in graphs:
@@ -67,10 +97,10 @@ def build(
             _check(binary, cases, graphs)
             status = "passed"
         content = binary.read_bytes()
-    with writing(Path(out)) as writer:
+    with writing(out) as writer:
         _write(writer, graphs, scheduled, goal, binary.suffix, content, cases, status)
     say(f"wrote {out}")
-    return Path(out)
+    return out
 
 
 def _library(

@@ -1,4 +1,4 @@
-"""From scheduled PrimFuncs to machine code: steps 7 and 8 of the pipeline."""
+"""From scheduled PrimFuncs to machine code: steps 6 and 7 of the pipeline."""
 
 from __future__ import annotations
 
@@ -38,11 +38,21 @@ def _pipeline() -> tuple[Any, Any, Any]:
     return passes, finalize_host_passes, finalize_device_passes
 
 
+def lower(functions: Mapping[str, Any], target: Any) -> Any:
+    """The functions as `generate` hands them to LLVM, to be looked at."""
+    module = tirx.transform.BindTarget(target.with_host(target))(_module(functions))
+    return tvm.ir.transform.Sequential(lowering_passes())(module)
+
+
 def generate(functions: Mapping[str, Any], target: Any) -> Any:
     """One TVM runtime module with the functions under their names, compiled by LLVM."""
     tirx.register_tir_pipeline(_PIPELINE, _pipeline)
+    return tirx.build(_module(functions), target=target, pipeline=_PIPELINE)
+
+
+def _module(functions: Mapping[str, Any]) -> Any:
     named = {
         name: func.with_attr("global_symbol", name).with_attr("tirx.is_entry_func", False)
         for name, func in functions.items()
     }
-    return tirx.build(tvm.IRModule(named), target=target, pipeline=_PIPELINE)
+    return tvm.IRModule(named)

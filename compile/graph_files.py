@@ -65,7 +65,8 @@ def read(src: Path) -> list[Graph]:
                 raise CompileError(
                     f"{src}: {graph.kind}.onnx and {first.kind}.onnx differ in {key}: "
                     f"{graph.meta[key]} and {first.meta[key]}. One artifact holds the kinds of one "
-                    "export; export each into a directory of its own."
+                    "export. If one is left over from an earlier export, remove it; else export "
+                    "each into a directory of its own."
                 )
     return [first, *others]
 

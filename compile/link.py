@@ -1,4 +1,4 @@
-"""From an object file to a shared library: step 9 of the pipeline."""
+"""From an object file to a shared library: step 8 of the pipeline."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@
  8. link       object + runtime stubs -> shared library     (all kinds of an artifact together)
 
 Steps 1 to 5 run here, one graph at a time; `codegen` and `link` do the rest. `--debug-dump DIR`
-writes the state after each step as DIR/<kind>.<step>.<suffix>.
+writes the state after each of the steps 1 to 7 as DIR/<kind>.<step>.<suffix>, `all` for all kinds.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def generate(
 ) -> None:
     """Steps 6 and 7 for all kinds of an artifact."""
     try:
-        module = codegen.generate({k: s.func for k, s in scheduled.items()}, target.to_tvm())
+        functions = {kind: each.func for kind, each in scheduled.items()}
+        dump("all", "6-lower", "tir.py", lambda: codegen.lower(functions, target.to_tvm()).script())
+        module = codegen.generate(functions, target.to_tvm())
         dump("all", "7-generate", "ll", lambda: str(module.inspect_source("ll")))
         dump("all", "7-generate", "s", lambda: str(module.inspect_source("asm")))
         module.write_to_file(str(object_file), "o")

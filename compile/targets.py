@@ -12,41 +12,19 @@ from tvm.target import codegen
 from normgraph.cpu import cpu_flags, has_feature, machine
 from normgraph.errors import TargetError
 
-# Instruction sets generated code may use, as LLVM names them. Features of tuning and of the
+# Instruction sets that generated code may use, as LLVM names them. Features of tuning and of the
 # operating system (fast-bextr, pku) do not restrict where code runs.
-_X86_FEATURES = [
-    "sse3",
-    "ssse3",
-    "sse4.1",
-    "sse4.2",
-    "popcnt",
-    "lzcnt",
-    "movbe",
-    "bmi",
-    "bmi2",
-    "avx",
-    "avx2",
-    "fma",
-    "f16c",
-    "gfni",
-    "vaes",
-    "vpclmulqdq",
-    "avxvnni",
-    "avx512f",
-    "avx512cd",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512ifma",
-    "avx512vbmi",
-    "avx512vbmi2",
-    "avx512vnni",
-    "avx512bitalg",
-    "avx512vpopcntdq",
-    "avx512bf16",
-    "avx512fp16",
-]
-_ARM_FEATURES = ["neon", "fullfp16", "dotprod", "bf16", "sve", "sve2"]
+_X86_FEATURES = """
+    sse3 ssse3 sse4.1 sse4.2 sse4a popcnt lzcnt movbe bmi bmi2 tbm avx avx2 fma fma4 xop f16c gfni
+    vaes vpclmulqdq avxvnni avxvnniint8 avxvnniint16 avxifma avxneconvert avx512f avx512cd avx512bw
+    avx512dq avx512vl avx512ifma avx512vbmi avx512vbmi2 avx512vnni avx512bitalg avx512vpopcntdq
+    avx512bf16 avx512fp16 avx512vp2intersect avx10.1 avx10.2 egpr ndd ccmp nf ppx push2pop2 zu
+    cmpccxadd
+"""
+_ARM_FEATURES = """
+    neon fullfp16 fp16fml dotprod i8mm bf16 complxnum jsconv fptoint rdm lse lse2 rcpc flagm sha3
+    sve sve2 cssc mops faminmax
+"""
 _X86_TRIPLE = "x86_64-linux-gnu"
 _ARM_TRIPLE = "aarch64-linux-gnu"
 
@@ -128,6 +106,11 @@ def resolve(name: str) -> Target:
         return _described(name, description, triple, mcpu)
     for triple in (_X86_TRIPLE, _ARM_TRIPLE):
         if name in _cpus(triple):
+            if triple == _X86_TRIPLE and "64bit" not in _enabled(triple, name):
+                raise TargetError(
+                    f"target {name!r} is a 32-bit CPU, and libraries are 64-bit. Known targets: "
+                    f"{', '.join(_NAMED)}; or a 64-bit CPU that LLVM names."
+                )
             return _described(name, f"LLVM's CPU {name}", triple, name)
     every = [*_NAMED, *_cpus(_X86_TRIPLE), *_cpus(_ARM_TRIPLE)]
     close = difflib.get_close_matches(name, every, n=3)
@@ -154,9 +137,13 @@ def _host(name: str, description: str) -> Target:
 
 def _features(triple: str, mcpu: str) -> tuple[str, ...]:
     names = _X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES
+    enabled = _enabled(triple, mcpu)
+    return tuple(feature for feature in names.split() if feature in enabled)
+
+
+def _enabled(triple: str, mcpu: str) -> set[str]:
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu})
-    enabled = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
-    return tuple(feature for feature in names if feature in enabled)
+    return {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
 
 
 def _cpus(triple: str) -> list[str]:

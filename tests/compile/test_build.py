@@ -127,15 +127,17 @@ def test_stale_files_go_and_foreign_ones_stay(graphs: Path, tmp_path: Path) -> N
     build(graphs, out=out)
     before = set(_snapshot(out))
     (out / "notes.txt").write_text("mine")
-    (out / "model.onnx").write_text("mine too")
+    mine = {"model.onnx", "graph-mine.onnx", "kernels-mine.so", "selftest-x.npz"}
+    for name in mine:
+        (out / name).write_text("mine too")
     (out / "kernels-old-000000000000.so").write_text("left by a build that was killed")
     (out / ".writing-abc").write_text("half")
     export(ng.NormSpec("rms_norm", eps=0.5), shape=("N", 5), out=graphs, kinds=KINDS)
     build(graphs, out=out)
     after = set(_snapshot(out))
-    assert {"notes.txt", "model.onnx", "manifest.json"} <= after
+    assert {"notes.txt", "manifest.json", *mine} <= after
     assert not {"kernels-old-000000000000.so", ".writing-abc"} & after
-    assert len(after) == len(before) + 2
+    assert len(after) == len(before) + 1 + len(mine)
     assert ng.load(out).spec.eps == 0.5
 
 
@@ -157,7 +159,7 @@ def test_debug_dump_has_one_file_a_step_and_kind(graphs: Path, tmp_path: Path) -
     steps = ("1-read.onnx.txt", "2-import.relax.py", "3-legalise.relax.py", "4-fuse.tir.py",
              "5-schedule-slices.tir.py")  # fmt: skip
     wanted = {f"{kind}.{step}" for kind in KINDS for step in steps}
-    assert found - wanted == {"all.7-generate.ll", "all.7-generate.s"}
+    assert found - wanted == {"all.6-lower.tir.py", "all.7-generate.ll", "all.7-generate.s"}
     assert wanted <= found
     assert all((tmp_path / "d" / "ump" / name).stat().st_size > 100 for name in found)
 
@@ -176,7 +178,7 @@ def test_the_self_test_reaches_serial_and_parallel_loops(whole: Path) -> None:
         largest = max(int(np.prod(shape)) for shape in case["shapes"].values())
         sizes.setdefault(case["kind"], []).append(largest)
     assert set(sizes) == set(_manifest(whole)["kinds"])
-    for small, large in sizes.values():
+    for large, small in sizes.values():
         assert small < 1000
         assert 32768 < large < 400_000
     assert _manifest(whole)["self_test"]["size"] < 1_000_000
@@ -188,8 +190,8 @@ def test_large_static_shapes_keep_the_self_test_small(tmp_path: Path) -> None:
     export(spec, shape=(8, 64, 56, 56), out=tmp_path / "g", kinds=("backward",))
     out = build(tmp_path / "g", out=tmp_path / "a")
     manifest = _manifest(out)
-    assert manifest["self_test"]["size"] < 100_000
-    (case,) = manifest["self_test"]["cases"]
+    assert manifest["self_test"]["size"] < 200_000
+    case, _ = manifest["self_test"]["cases"]
     assert case["shapes"]["x"] == [8, 64, 56, 56]
     with np.load(out / manifest["self_test"]["file"]) as stored:
         prefix = case["prefix"]
@@ -200,7 +202,7 @@ def test_large_static_shapes_keep_the_self_test_small(tmp_path: Path) -> None:
         assert f"{prefix}.at.dgamma" not in stored
         assert stored[f"{prefix}.out.dgamma"].shape == (64,)
     results = ng.load(out).self_test()
-    assert [r.output for r in results] == ["dx", "dgamma", "dbeta"]
+    assert [r.output for r in results] == 2 * ["dx", "dgamma", "dbeta"]
     assert all(0 < r.error <= r.tolerance for r in results)
 
 
@@ -344,7 +346,7 @@ def test_a_tampered_graph_fails_the_self_test_and_leaves_the_old_artifact(
 
 def test_out_is_a_file(graphs: Path, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(CompileError, match=r"cannot be written"):
+    with pytest.raises(CompileError, match="expected a directory"):
         build(graphs, out=tmp_path / "a")
     assert (tmp_path / "a").read_text() == "mine"
 

@@ -15,6 +15,7 @@ import pytest
 
 from normgraph import NormSpec
 from normgraph.compile import build, known_targets, link, resolve, targets
+from normgraph.cpu import cpu_flags, has_feature
 from normgraph.errors import TargetError
 from normgraph.graphs import build as build_graph
 from normgraph.graphs import export
@@ -160,3 +161,17 @@ def _is(path: Path, suffix: str, form: str) -> None:
     assert os.path.splitext(library["file"])[1] == suffix
     assert library["form"] == form
     assert np.dtype(np.uint8).itemsize * library["size"] == (path / library["file"]).stat().st_size
+
+
+@pytest.mark.parametrize("name", ["i386", "pentium4", "yonah"])
+def test_a_32_bit_cpu_is_refused(name: str) -> None:
+    with pytest.raises(TargetError, match="32-bit"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["bdver4", "diamondrapids"])
+def test_instructions_the_host_lacks_keep_a_library_from_running(name: str) -> None:
+    target = resolve(name)
+    lacking = [f for f in target.features if not has_feature(f, cpu_flags())]
+    assert target.runs_here == (not lacking)
+    assert {"fma4", "xop"} <= set(target.features) or "egpr" in target.features
