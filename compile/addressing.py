@@ -24,13 +24,16 @@ class Position:
     groups: tuple[tuple[tuple[int, ...], Expr], ...] = ()
 
     def at(self, axes: dict[int, Expr]) -> Position:
+        """This position with indices along single axes set."""
         return Position({**self.axes, **axes}, self.groups)
 
     def along(self, group: tuple[int, ...], index: Expr) -> Position:
+        """This position with one index for several neighbouring axes."""
         return Position(self.axes, (*self.groups, (group, index))) if group else self
 
 
 def element_count(tensor: Tensor) -> Expr:
+    """How many elements a tensor has."""
     return product(tensor.dims)
 
 

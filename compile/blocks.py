@@ -51,10 +51,12 @@ class Block:
 
 
 def is_float(buffer: Any) -> bool:
+    """Whether a buffer's elements are floating-point numbers."""
     return "float" in str(buffer.dtype)
 
 
 def same(index: Expr, var: Var) -> bool:
+    """Whether an index is just this variable."""
     return isinstance(index, Var) and bool(index.same_as(var))
 
 
@@ -73,11 +75,13 @@ def tensor_loads(expr: Expr) -> Iterator[TensorLoad]:
 
 
 def top_level(func: Any) -> list[Any]:
+    """The statements of a function's body, in order."""
     body = func.body.block.body if isinstance(func.body, SBlockRealize) else func.body
     return list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
 
 
 def take_apart(stmt: Any) -> Block:
+    """The block of a loop nest. Raises NotCanonical where it is more than one store."""
     while isinstance(stmt, tirx.For):
         stmt = stmt.body
     if not isinstance(stmt, SBlockRealize) or not isinstance(stmt.block.body, tirx.BufferStore):

@@ -40,6 +40,7 @@ class Finish:
         self.lanes = lanes
 
     def emit(self) -> Stmt | None:
+        """The statements, or None where nothing is left to do."""
         return seq([self._output(step) for step in self.plan.finish]) if self.plan.finish else None
 
     def _output(self, step: Step) -> Stmt:

@@ -61,6 +61,7 @@ class Frame:
     # The function.
 
     def open(self) -> list[Stmt]:
+        """The statements in front of the loops: requests, shape checks, views, workspaces."""
         stmts: list[Stmt] = []
         n_inputs = len(self.func.params) - self.n_outputs
         by_param: dict[int | None, Tensor] = {t.input_index: t for t in self.program.inputs}
@@ -109,11 +110,13 @@ class Frame:
         return replace_scalars(value, self.scalars)
 
     def close(self, body: Stmt) -> Any:
+        """The function of all parameters with this body."""
         return tirx.PrimFunc([*self.params, self.req], body).with_attr("tirx.noalias", False)
 
     # Requests.
 
     def output_of(self, step: Step) -> int:
+        """The index of the output a step computes."""
         index = step.op.out.output_index
         assert index is not None
         return index
@@ -126,24 +129,30 @@ class Frame:
         return either([tirx.NE(self.requests[k], i64(NULL)) for k in wanted])
 
     def is_write(self, output: int) -> Expr:
+        """Whether the caller asked for an output to be written."""
         return tirx.EQ(self.requests[output], i64(WRITE))
 
     def is_add(self, output: int) -> Expr:
+        """Whether the caller asked for an output to be added to."""
         return tirx.EQ(self.requests[output], i64(ADD))
 
     # Memory.
 
     def load(self, tensor: Tensor, at: Expr) -> Expr:
+        """An element of a workspace or of a parameter's memory."""
         buffer = self.workspaces[tensor] if tensor in self.workspaces else self.flat[tensor]
         return tirx.BufferLoad(buffer, [at])
 
     def store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
+        """Put an element into a tensor's workspace."""
         return tirx.BufferStore(self.workspaces[tensor], value, [at])
 
     def write_output(self, step: Step, value: Expr, at: Expr) -> Stmt:
+        """Put an element into an output."""
         return tirx.BufferStore(self.flat[step.op.out], value, [at])
 
     def add_output(self, step: Step, value: Expr, at: Expr) -> Stmt:
+        """Add to an element of an output."""
         buffer = self.flat[step.op.out]
         return tirx.BufferStore(buffer, rounded_sum(tirx.BufferLoad(buffer, [at]), value), [at])
 
@@ -157,6 +166,7 @@ class Frame:
         return when(self.is_write(tensor.output_index), write, otherwise)
 
     def clear_partials(self, chunk: Expr) -> Stmt:
+        """Set a row range's partial sums to zero."""
         stmts = []
         for tensor, buffer in self.partials.items():
             stmts.append(_clear(buffer, tensor, chunk))

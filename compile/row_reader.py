@@ -42,6 +42,7 @@ class SliceMemory:
         }
 
     def allocate(self) -> list[Stmt]:
+        """The buffers beside the loop."""
         return [tirx.AllocBuffer(buffer) for buffer in self.locals.values()]
 
     def read(self, tensor: Tensor, at: Position, c: Expr) -> Expr:

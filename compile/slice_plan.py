@@ -35,6 +35,7 @@ class Step:
 
     @property
     def is_sum(self) -> bool:
+        """Whether it reduces."""
         return bool(self.op.reduce)
 
 

@@ -46,10 +46,12 @@ class Target:
 
     @property
     def kind(self) -> str:
+        """The kind of code generator."""
         return "llvm"
 
     @property
     def vector_bytes(self) -> int:
+        """The size of a vector register."""
         if "avx512f" in self.features:
             return 64
         return 32 if "avx" in self.features else 16

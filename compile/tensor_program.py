@@ -47,6 +47,7 @@ class Tensor:
 
     @property
     def axes(self) -> frozenset[int]:
+        """The axes along which it has the full extent."""
         return frozenset(i for i, dim in enumerate(self.dims) if not is_one(dim))
 
 
@@ -98,10 +99,12 @@ class TensorProgram:
 
     @property
     def rank(self) -> int:
+        """The number of canonical axes."""
         return len(self.extents)
 
 
 def is_one(dim: Expr) -> bool:
+    """Whether an extent is the constant 1."""
     return isinstance(dim, IntImm) and int(dim.value) == 1
 
 

@@ -15,10 +15,12 @@ Stmt = Any
 
 
 def i64(value: int) -> Expr:
+    """An int64 constant."""
     return IntImm("int64", value)
 
 
 def zero(dtype: str) -> Expr:
+    """Zero of a floating-point type."""
     return FloatImm(dtype, 0.0)
 
 
@@ -40,6 +42,7 @@ def times(a: Expr, b: Expr) -> Expr:
 
 
 def plus(a: Expr, b: Expr) -> Expr:
+    """a + b for sizes, folded where both are constants."""
     x, y = constant(a), constant(b)
     if x is not None and y is not None:
         return i64(x + y)
@@ -51,10 +54,12 @@ def plus(a: Expr, b: Expr) -> Expr:
 
 
 def product(factors: Sequence[Expr]) -> Expr:
+    """The product of sizes."""
     return reduce(times, factors, i64(1))
 
 
 def total(terms: Sequence[Expr]) -> Expr:
+    """The sum of sizes."""
     return reduce(plus, terms, i64(0))
 
 
@@ -133,6 +138,7 @@ def keep(name: str, value: Expr, out: list[Stmt]) -> Expr:
 
 
 def load(buffer: Any, index: Expr) -> Expr:
+    """An element of a flat buffer."""
     return tirx.BufferLoad(buffer, [index])
 
 
@@ -160,8 +166,10 @@ def demand(condition: Expr, message: str) -> Stmt:
 
 
 def both(conditions: Sequence[Expr]) -> Expr:
+    """All of the conditions."""
     return reduce(tirx.And, conditions)
 
 
 def either(conditions: Sequence[Expr]) -> Expr:
+    """Any of the conditions."""
     return reduce(tirx.Or, conditions)
