@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normgraph.errors import NormGraphError
+from normgraph.scripts.cli import explain
 from normgraph.scripts.console import Progress, log
 from normgraph.spec import NormSpec
 
@@ -81,9 +82,10 @@ def main() -> int:
             options.out, options.target, operators=options.operators, progress=progress
         ):
             print(path)
-    except NormGraphError as error:
-        log(f"error: {error}")
-        return error.exit_code
+    except (NormGraphError, OSError) as error:
+        message, code = explain(error)
+        log(message)
+        return code
     progress("done")
     return 0
 

@@ -2,7 +2,8 @@
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 ok, 1 accuracy failed, 2 usage,
 3 artifact missing or damaged, 4 this host cannot run it, 5 compile failed, 6 a tool or an optional
-package is missing, 70 a bug in normgraph, 130 interrupted, 141 the reader of stdout went away.
+package is missing, 70 a bug in normgraph, 130 interrupted, 141 stdout is closed or its
+reader went away.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ _EXTRA_OF = {
 
 def run_command_line(arguments: Sequence[str]) -> int:
     """Run `normgraph <arguments>` and return its exit code; raises nothing but SystemExit."""
-    options = make_parser().parse_args(arguments)
+    debug = False
     try:
-        code: int = options.command(options)
-        sys.stdout.flush()
-        return code
+        try:
+            options = make_parser().parse_args(arguments)
+            debug = options.debug
+            code: int = options.command(options)
+        finally:
+            # Also after --help, which leaves by SystemExit. None is a stdout that was closed.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        return PIPE_CLOSED if sys.stdout is None else code
     except BrokenPipeError:
         # The interpreter flushes stdout once more on its way out; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,7 +52,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
         log("normgraph: interrupted")
         return INTERRUPTED
     except Exception as error:
-        if options.debug:
+        if debug:
             traceback.print_exc()
         message, code = explain(error)
         log(f"normgraph: {message}")
@@ -64,6 +71,9 @@ def explain(error: Exception) -> tuple[str, int]:
                 f"Run: pip install 'normgraph[{_EXTRA_OF[module]}]'",
                 ToolMissing.exit_code,
             )
+    if isinstance(error, MemoryError):
+        detail = f": {error}" if str(error) else ""
+        return f"error: not enough memory{detail}. Take a smaller shape", USAGE
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"error: {place}{error.strerror}", USAGE

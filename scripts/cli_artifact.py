@@ -7,14 +7,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from normgraph.errors import ArtifactIncompatible
+from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible
 from normgraph.scripts.console import log, table
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Check an artifact and print its manifest, also where this host cannot run it."""
     manifest = read_manifest(options.artifact)
-    print(json.dumps(manifest, indent=2) if options.json else describe(options.artifact, manifest))
+    if options.json:
+        print(json.dumps(manifest, indent=2))
+        return 0
+    try:
+        text = describe(options.artifact, manifest)
+    except (AttributeError, KeyError, TypeError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise ArtifactCorrupt(
+            f"{options.artifact}: the manifest cannot be shown: {what}. Build the artifact again, "
+            f"or see it as it is with --json."
+        ) from None
+    print(text)
     return 0
 
 

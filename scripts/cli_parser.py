@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from normgraph import __version__
 from normgraph.scripts import cli_artifact, cli_build, cli_check, cli_doctor, cli_run
@@ -13,9 +16,18 @@ from normgraph.spec import CONVENTIONS, DTYPES, OPERATORS
 Command = Callable[[argparse.Namespace], int]
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help fails like any other output: argparse passes over a closed pipe."""
+
+    def print_help(self, file: Any = None) -> None:
+        out = file or sys.stdout
+        if out is not None:
+            out.write(self.format_help())
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `options.command` of what it parses is the function to call with `options`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="normgraph",
         description="Normalization layers, forward and backward, as ONNX graphs compiled through "
         "Apache TVM to one kernel each.",
@@ -54,6 +66,9 @@ def shape(text: str) -> tuple[int | str, ...]:
             raise argparse.ArgumentTypeError(
                 f"expected numbers and names with commas between, such as N,64,H,W; got {text!r}"
             )
+        # 2^63 has 19 digits; int() refuses texts of thousands.
+        if dim.isdecimal() and (len(dim.lstrip("0")) > 19 or int(dim) >= 2**63):
+            raise argparse.ArgumentTypeError(f"expected sizes below 2^63; got {dim[:24]}")
     return tuple(int(dim) if dim.isdecimal() else dim for dim in dims)
 
 
@@ -65,6 +80,20 @@ def numeric_shape(text: str) -> tuple[int, ...]:
             f"expected numbers with commas between, such as 8,64,56,56; got {text!r}"
         )
     return dims
+
+
+def path(text: str) -> Path:
+    """A path; an empty text, which would be the working folder, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path; got an empty text")
+    return Path(text)
+
+
+def seed(text: str) -> int:
+    """A seed of NumPy's generators: 0 or more."""
+    if not (text.isdecimal() and len(text) <= 40):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0; got {text[:40]!r}")
+    return int(text)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -82,11 +111,12 @@ def number_or(word: str) -> Callable[[str], float | None]:
         if text.lower() == word:
             return None
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected a number or {word!r}; got {text!r}"
-            ) from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number or {word!r}; got {text!r}")
+        return value
 
     return parse
 
@@ -97,7 +127,7 @@ def _export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("op", metavar="OPERATOR", choices=OPERATORS, help=", ".join(OPERATORS))
     sub.add_argument("--shape", type=shape, required=True, metavar="N,64,H,W", help="of x")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of x (float32)")
-    sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("-o", "--out", type=path, required=True, metavar="DIR")
     sub.add_argument("--kinds", type=names, metavar="forward,backward", help="default: all")
     spec = sub.add_argument_group("options of the operator")
     spec.add_argument(
@@ -120,18 +150,18 @@ def _export(sub: argparse.ArgumentParser) -> None:
 
 
 def _compile(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("src", type=Path, metavar="GRAPHS", help="what export wrote")
+    sub.add_argument("src", type=path, metavar="GRAPHS", help="what export wrote")
     sub.add_argument("--target", default="cpu", help="cpu, or one that 'targets' lists")
-    sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("-o", "--out", type=path, required=True, metavar="DIR")
     sub.add_argument(
-        "--debug-dump", type=Path, metavar="DIR", help="write the IR after each step there"
+        "--debug-dump", type=path, metavar="DIR", help="write the IR after each step there"
     )
 
 
 def _verify(sub: argparse.ArgumentParser) -> None:
     _artifact(sub)
     sub.add_argument("--shape", type=numeric_shape, metavar="8,64,56,56", help="of x")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed, default=0)
     _json(sub)
 
 
@@ -155,7 +185,7 @@ def _run(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--want", type=names, metavar="dx,dgamma", help="only these outputs")
     sub.add_argument(
-        "-o", "--out", type=Path, metavar="FILE", help=".npz, or .npy where one output is wanted"
+        "-o", "--out", type=path, metavar="FILE", help=".npz, or .npy where one output is wanted"
     )
 
 
@@ -165,7 +195,7 @@ def _inspect(sub: argparse.ArgumentParser) -> None:
 
 
 def _artifact(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("artifact", type=Path, metavar="ARTIFACT", help="what compile wrote")
+    sub.add_argument("artifact", type=path, metavar="ARTIFACT", help="what compile wrote")
 
 
 def _json(sub: argparse.ArgumentParser) -> None:

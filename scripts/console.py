@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 def log(message: str) -> None:
     """One line of progress or trouble, on stderr at once."""
-    print(message, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:

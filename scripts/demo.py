@@ -25,6 +25,7 @@ from normgraph.errors import AccuracyError, NormGraphError
 from normgraph.scripts import demo_pictures
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_report import BenchReport
+from normgraph.scripts.cli import explain
 from normgraph.scripts.console import Progress, log, table
 from normgraph.scripts.verify import verify, verify_data
 from normgraph.scripts.verify_report import Report
@@ -263,9 +264,10 @@ def main() -> int:
     start = time.monotonic()
     try:
         results = run(demo_pictures.photographs(), options.out)
-    except NormGraphError as error:
-        log(f"error: {error}")
-        return error.exit_code
+    except (NormGraphError, OSError) as error:
+        message, code = explain(error)
+        log(message)
+        return code
     print(report(results, options.out))
     print(f"{time.monotonic() - start:.0f} s")
     failed = [each for each in results if not (each.random.ok and each.photographs.ok)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,10 @@ def check_shape(declared: Sequence[int | str], shape: Sequence[int]) -> None:
         raise ArgumentError(
             f"expected a shape that fits {wanted} with every size at least 1, got {came}; "
             "give another --shape or build the artifact for this one"
+        )
+    if prod(shape) >= 2**59:
+        raise ArgumentError(
+            f"expected a shape that memory can hold, got {came}; take a smaller one"
         )
 
 

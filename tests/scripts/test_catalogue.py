@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import normgraph as ng
-from normgraph.scripts import catalogue
+from normgraph.scripts import catalogue, demo
 from normgraph.spec import OPERATORS
 
 
@@ -36,6 +37,17 @@ def test_a_mistake_is_an_exit_code(
     monkeypatch.setattr("sys.argv", ["compile", "--out", str(tmp_path), "--target", "z80"])
     assert catalogue.main() == 2
     assert "z80" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [catalogue, demo])
+def test_a_folder_that_cannot_be_made(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["program", "--out", "/proc/nowhere"])
+    assert module.main() in (2, 5)
+    err = capsys.readouterr().err
+    assert "/proc/nowhere" in err
+    assert "Traceback" not in err
 
 
 def test_an_operator_that_does_not_exist_is_refused(

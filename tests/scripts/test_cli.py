@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,14 @@ def test_help(command: str, cli: Callable[..., Any]) -> None:
         ("verify a --shape N,4,5", "N,4,5"),
         ("bench a --shape 1.5", "1.5"),
         ("run a", "KIND"),
+        ("export instance_norm --shape N,99999999999999999999 -o o", "2^63"),
+        (f"export instance_norm --shape N,{'9' * 5000},L -o o", "2^63"),
+        ("export batch_norm --shape N,4,L -o o --momentum nan", "nan"),
+        ("export batch_norm --shape N,4,L -o o --eps inf", "inf"),
+        ("export batch_norm --shape N,4,L --out=", "an empty text"),
+        ("compile g --out=", "an empty text"),
+        ("run a forward --out=", "an empty text"),
+        ("verify a --seed -1", "-1"),
         ("run a forward -o out.txt", "out.txt"),
     ],
 )
@@ -83,6 +92,7 @@ def test_a_traceback_is_shown_on_demand(cli: Callable[..., Any], tmp_path: Path)
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("of the program"), 70, "internal error"),
+        (MemoryError("of 9 TiB"), 2, "not enough memory: of 9 TiB"),
         (PermissionError(13, "Permission denied", "there"), 2, "there: Permission denied"),
         (ModuleNotFoundError("no", name="onnxruntime.capi"), 6, "normgraph[verify]"),
     ],
@@ -117,6 +127,41 @@ def test_the_reader_of_stdout_may_go_away() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 141
+
+
+def test_a_reader_that_goes_away_before_help_does() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "normgraph", "--help"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_closed_stdout() -> None:
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -m normgraph targets >&-', sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_interrupt_while_modules_are_imported() -> None:
+    code = (
+        "import sys; from normgraph.__main__ import main\n"
+        "class Stop:\n"
+        "    def find_spec(self, *_): raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop()); sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "normgraph: interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,33 @@ def test_inspect_shows_an_artifact_for_another_cpu(
     assert "time-travel" in err
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("normgraph_version",),
+        ("versions",),
+        ("kinds", "forward", "rule"),
+        ("libraries", 0, "target", "mcpu"),
+    ],
+)
+def test_inspect_says_what_a_manifest_lacks(
+    keys: tuple[Any, ...],
+    cli: Callable[..., Any],
+    copy: Path,
+    rewrite_manifest: Callable[..., None],
+) -> None:
+    def drop(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    rewrite_manifest(copy, drop)
+    code, out, err = cli("inspect", copy)
+    assert (code, out) == (3, "")
+    assert f"there is no '{keys[-1]}'" in err
+    assert cli("inspect", copy, "--json").code == 0
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify", "bench", "run"])
 def test_a_missing_or_damaged_artifact_exits_with_3(
     command: str, cli: Callable[..., Any], copy: Path, tmp_path: Path
@@ -119,6 +146,9 @@ def test_verify_refuses_a_shape_that_does_not_fit(cli: Callable[..., Any], artif
     code, out, err = cli("verify", artifact, "--shape", "2,5,7")
     assert (code, out) == (2, "")
     assert "N,4,L" in err
+    code, out, err = cli("verify", artifact, "--shape", f"2,4,{2**62}")
+    assert (code, out) == (2, "")
+    assert "memory" in err
 
 
 @pytest.mark.parametrize(("flag", "text"), [((), "a table"), (("--json",), "{}")])
