@@ -175,4 +175,10 @@ def _typed(array: Array, tensor: Tensor) -> Array:
         import ml_dtypes
 
         return array.view(ml_dtypes.bfloat16)
+    if array.dtype == np.dtype("V2"):
+        raise ArgumentTypeError(
+            f"--input {tensor.name}: expected {tensor.dtype}; got two bytes a value without a "
+            f"type, which is how NumPy saves bfloat16. Convert it; bfloat16 itself is stored as "
+            f"its bits, uint16."
+        )
     return array

@@ -31,6 +31,16 @@ def test_it_builds_one_artifact_a_dtype(
         assert set(ng.load(line).kinds) == set(ng.graphs.kinds(ng.NormSpec("rms_norm")))
 
 
+def test_every_operator_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "DTYPES", ("float16",))
+    monkeypatch.setattr("sys.argv", ["compile", "--out", str(tmp_path)])
+    assert catalogue.main() == 0
+    for entry in catalogue.ENTRIES:
+        operator = ng.load(tmp_path / f"{entry.spec.op}-float16")
+        assert operator.kinds == ng.graphs.kinds(entry.spec)
+        assert operator.dtype == "float16"
+
+
 def test_a_mistake_is_an_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

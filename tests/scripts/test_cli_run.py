@@ -153,6 +153,16 @@ def test_a_wrong_dtype_is_refused(cli: Callable[..., Any], artifact: Path) -> No
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_bfloat16_file_for_another_dtype_is_explained(
+    cli: Callable[..., Any], artifact: Path
+) -> None:
+    np.save("x.npy", X.astype(ml_dtypes.bfloat16))
+    code, out, err = cli("run", artifact, "forward", *THREE)
+    assert (code, out) == (2, "")
+    assert "bfloat16 itself is stored as its bits, uint16" in err
+
+
+@pytest.mark.usefixtures("folder")
 def test_an_npz_without_the_name_says_what_it_holds() -> None:
     signature = ng.runtime.TensorSpec("dy", "float32", ("N", 4, "L"))
     with pytest.raises(ArgumentError, match="x, gamma, beta"):
