@@ -199,6 +199,21 @@ def test_one_value_a_statistic(
     assert "backward" in {row.kind for row in report.rows if row.status == PASSED}
 
 
+def test_the_target_is_that_of_the_library_that_runs(artifact: Path, tmp_path: Path) -> None:
+    several = tmp_path / "artifact"
+    shutil.copytree(artifact, several)
+
+    def add(manifest: dict[str, Any]) -> None:
+        own = manifest["libraries"][0]
+        other = {**own["target"], "name": "future", "features": ["time-travel"]}
+        manifest["libraries"].insert(0, {**own, "target": other})
+
+    _rewrite(several, add)
+    inputs = Inputs(NormSpec("batch_norm"), "float32", Case((2, 6, 5), 1.0), seed=1)
+    x = inputs.take(["x"])["x"].reshape(2, 6, 5, 1)
+    assert verify_data(several, {"x": x}, "some pictures").target == "cpu"
+
+
 def test_kernels_for_another_spec_fail(artifact: Path, tmp_path: Path) -> None:
     """A manifest that says another eps than the kernels and graphs were made with."""
     wrong = tmp_path / "artifact"
