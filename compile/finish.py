@@ -26,7 +26,8 @@ from normgraph.compile.tir import (
     zero,
 )
 
-# Slices that one sum takes before it is moved on: its error grows with the square root of both.
+# Slices that one sum takes before it is moved on, so that the error of a sum over many grows with
+# its square root.
 _RUN = 256
 
 

@@ -1,4 +1,4 @@
-"""From an ONNX graph to one fused PrimFunc, still unscheduled: steps 1 to 5 of the pipeline."""
+"""From an ONNX graph to one fused PrimFunc, still unscheduled: steps 2 to 4 of the pipeline."""
 
 from __future__ import annotations
 

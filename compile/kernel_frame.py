@@ -101,13 +101,10 @@ class Frame:
                 self.flat[shown] = view
         stmts[self.n_outputs : self.n_outputs] = checks
         for variable, value in self.program.scalars:
-            stmts.append(tirx.Bind(variable, self._with_own_params(value)))
+            stmts.append(tirx.Bind(variable, replace_scalars(value, self.scalars)))
         stmts.extend(tirx.AllocBuffer(b) for b in self.workspaces.values())
         stmts.extend(tirx.AllocBuffer(b) for b in self.partials.values())
         return stmts
-
-    def _with_own_params(self, value: Expr) -> Expr:
-        return replace_scalars(value, self.scalars)
 
     def close(self, body: Stmt) -> Any:
         """The function of all parameters with this body."""

@@ -108,7 +108,7 @@ class RowReader:
         if not any(self._varies(tensor) for tensor in loads(node)):
             return self._fixed(node)
         if isinstance(node, Apply):
-            return Apply(node.make, tuple(self._hoisted(arg) for arg in node.args), node.symbol)
+            return Apply(node.make, tuple(self._hoisted(arg) for arg in node.args))
         return node
 
     def _fixed(self, node: Node) -> Node:

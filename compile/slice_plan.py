@@ -291,7 +291,7 @@ class _Planner:
                 return value
             return self._inlined(op.value)
         if isinstance(value, Apply):
-            return Apply(value.make, tuple(self._inlined(a) for a in value.args), value.symbol)
+            return Apply(value.make, tuple(self._inlined(a) for a in value.args))
         return value
 
     def _finish(self) -> tuple[list[Step], dict[Tensor, Step]]:

@@ -41,7 +41,6 @@ class Tensor:
     name: str
     dtype: str
     dims: tuple[Expr, ...]
-    buffer: Any = None
     input_index: int | None = None
     output_index: int | None = None
 
@@ -71,7 +70,6 @@ class Apply:
 
     make: Callable[..., Expr]
     args: tuple[Node, ...]
-    symbol: str
 
 
 Node = Load | Scalar | Apply
@@ -96,11 +94,6 @@ class TensorProgram:
     outputs: list[Tensor] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     scalars: list[tuple[Any, Expr]] = field(default_factory=list)
-
-    @property
-    def rank(self) -> int:
-        """The number of canonical axes."""
-        return len(self.extents)
 
 
 def is_one(dim: Expr) -> bool:
@@ -132,7 +125,6 @@ class _Reader:
         self.blocks = [take_apart(stmt) for stmt in top_level(func)]
         self.by_buffer = {block.buffer: block for block in self.blocks}
         self.tensors: dict[Any, Tensor] = {}  # buffer -> its canonical tensor
-        self.views: dict[Any, Any] = {}  # reshaped buffer -> the buffer it shows
         self.bound: dict[Any, Any] = {}  # 0-d buffer -> scalar variable
         self.analyzer = Analyzer()
 
@@ -143,18 +135,20 @@ class _Reader:
         self.rank = max(len(b.shape) for b in buffers if is_float(b))
         program = TensorProgram(self.func, self._extents(buffers))
         n_inputs = sum(1 for p in self.func.params if p not in self.by_buffer)
-        for index, param in enumerate(self.func.params[:n_inputs]):
+        for param in self.func.params[:n_inputs]:
             if len(param.shape) == self.rank:
-                self._add_tensor(param, param.shape, input_index=index)
+                self._add_tensor(param, param.shape)
         for block in self.blocks:
             self._add(block, program)
         for index, param in enumerate(self.func.params):
-            tensor = self._tensor_of_param(param)
+            tensor = self.tensors.get(param)
             if tensor is None:
                 continue
             if index < n_inputs:
                 tensor.input_index = index
                 program.inputs.append(tensor)
+            elif tensor.output_index is not None:
+                raise NotCanonical(f"two outputs show {tensor.name}")
             else:
                 tensor.output_index = index - n_inputs
                 program.outputs.append(tensor)
@@ -174,19 +168,10 @@ class _Reader:
                     raise NotCanonical(f"axis {i} of {buffer.name} is {dim}, not {extents[i]}")
         return tuple(extents)
 
-    def _add_tensor(self, buffer: Any, dims: Sequence[Expr], **role: Any) -> Tensor:
-        tensor = Tensor(buffer.name, str(buffer.dtype), tuple(dims), buffer, **role)
+    def _add_tensor(self, buffer: Any, dims: Sequence[Expr]) -> Tensor:
+        tensor = Tensor(buffer.name, str(buffer.dtype), tuple(dims))
         self.tensors[buffer] = tensor
         return tensor
-
-    def _tensor_of_param(self, param: Any) -> Tensor | None:
-        if param in self.tensors:
-            return self.tensors[param]
-        # An input read through a reshape, or an output that is the reshape of a canonical tensor.
-        for shown, shows in self.views.items():
-            if shows is param and shown in self.tensors:
-                return self.tensors[shown]
-        return None
 
     def _add(self, block: Block, program: TensorProgram) -> None:
         buffer = block.buffer
@@ -234,20 +219,17 @@ class _Reader:
     def _reshape(self, block: Block, program: TensorProgram) -> None:
         source = block.value.source
         if len(block.buffer.shape) == self.rank and source not in self.tensors:
-            origin = self._pull_view(source, block.buffer.shape, program)
-            self.tensors[block.buffer] = origin
-            self.views[block.buffer] = origin.buffer
+            self.tensors[block.buffer] = self._pull_view(source, block.buffer.shape, program)
         elif source in self.tensors:
-            self._give_view(block.buffer, self.tensors[source])
+            # Shown in another shape; an output lends the tensor its memory.
+            self.tensors[block.buffer] = self.tensors[source]
         else:
             raise NotCanonical(f"{block.name} reshapes neither from nor to {self.rank} axes")
 
     def _pull_view(self, source: Any, shape: Sequence[Expr], program: TensorProgram) -> Tensor:
         """The canonical tensor behind a reshape of `source`: an input, or a map of inputs."""
         if source in self.func.params:
-            tensor = Tensor(source.name, str(source.dtype), tuple(shape), source)
-            self.tensors[source] = tensor
-            return tensor
+            return self._add_tensor(source, shape)
         block = self.by_buffer.get(source)
         if block is None or block.combine != "map":
             raise NotCanonical(f"the reshape of {source.name} is not a view of an input")
@@ -261,13 +243,6 @@ class _Reader:
         tensor = self._add_tensor(source, shape)
         program.operations.append(Operation(tensor, value))
         return tensor
-
-    def _give_view(self, buffer: Any, tensor: Tensor) -> None:
-        """`buffer` shows a canonical tensor in another shape; an output lends it its memory."""
-        if buffer in self.func.params:
-            tensor.buffer = buffer
-            self.views[tensor] = buffer
-        self.tensors[buffer] = tensor
 
     def _flat_map(self, block: Block, program: TensorProgram) -> None:
         """A map between reshape and boundary (the cast of a half type)."""
@@ -294,15 +269,15 @@ class _Reader:
         if isinstance(expr, tirx.Cast):
             dtype = str(expr.ty.dtype)
             inner = self._node(expr.value, positions, views)
-            return _apply(lambda a: cast(dtype, a), (inner,), f"cast {dtype}")
+            return _apply(lambda a: cast(dtype, a), (inner,))
         if isinstance(expr, BINARY):
             pair = (self._node(expr.a, positions, views), self._node(expr.b, positions, views))
             kind = type(expr)
-            return _apply(kind, pair, kind.__name__)
+            return _apply(kind, pair)
         if isinstance(expr, Call):
             op, dtype = expr.op, expr.ty
             args = tuple(self._node(arg, positions, views) for arg in expr.args)
-            return _apply(lambda *a: Call(op, list(a), ret_ty=dtype), args, str(op.name))
+            return _apply(lambda *a: Call(op, list(a), ret_ty=dtype), args)
         if isinstance(expr, Var) and expr not in positions:
             return Scalar(expr)
         raise NotCanonical(f"cannot read {type(expr).__name__} {expr}")
@@ -367,7 +342,7 @@ class _Reader:
         return self.analyzer.simplify(total)
 
 
-def _apply(make: Callable[..., Expr], args: tuple[Node, ...], symbol: str) -> Node:
+def _apply(make: Callable[..., Expr], args: tuple[Node, ...]) -> Node:
     if all(isinstance(arg, Scalar) for arg in args):
         return Scalar(make(*(arg.expr for arg in args if isinstance(arg, Scalar))))
-    return Apply(make, args, symbol)
+    return Apply(make, args)
