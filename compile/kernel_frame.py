@@ -148,10 +148,14 @@ class Frame:
         """Put an element into an output."""
         return tirx.BufferStore(self.flat[step.op.out], value, [at])
 
-    def add_output(self, step: Step, value: Expr, at: Expr) -> Stmt:
-        """Add to an element of an output."""
+    def add_output(self, step: Step, value: Expr, at: Expr, new: Expr | None = None) -> Stmt:
+        """Add to an element of an output; `new` says whether it was not added to before."""
         buffer = self.flat[step.op.out]
-        return tirx.BufferStore(buffer, rounded_sum(tirx.BufferLoad(buffer, [at]), value), [at])
+        old = tirx.BufferLoad(buffer, [at])
+        grown = rounded_sum(old, value)
+        if new is not None:
+            grown = tirx.Select(new, grown, old)
+        return tirx.BufferStore(buffer, grown, [at])
 
     def request_store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
         """Store or add to a small output as asked."""

@@ -1,9 +1,13 @@
 """One row: contiguous elements read once, for all sums and outputs of a pass together.
 
-The row is done in vectors of several registers, then single vectors, then single elements, so that
-any length works without masks. A sum keeps one accumulator a lane, moves it into a second one after
-every run of vectors, and adds the lanes pairwise at the end. The order is fixed, no reassociation
-is left to the compiler, and the error grows with run + length / (lanes * run), not with length.
+The row is done in vectors of several registers, then in single ones. What is left behind the last
+whole vector is done by one more vector that ends with the row and overlaps the one before it: lanes
+that were done already count as zero in a sum, and are written once more in an output. Rows shorter
+than a vector are done element by element. So any length works without masked memory accesses.
+
+A sum keeps one accumulator a lane, moves it into a second one after every run of vectors, and adds
+the lanes pairwise at the end. The order is fixed, no reassociation is left to the compiler, and the
+error grows with run + length / (lanes * run), not with length.
 """
 
 from __future__ import annotations
@@ -19,12 +23,15 @@ from normgraph.compile.tir import (
     Stmt,
     bind,
     constant,
+    floordiv,
     i64,
     loop,
+    modulo,
     plus,
     runs,
     seq,
     times,
+    vector_loop,
     when,
     zero,
 )
@@ -33,24 +40,33 @@ from normgraph.compile.tir import (
 # runs as a run has vectors.
 _RUN = 64
 
-# A value or a store at element `index` of the row.
+# A value at element `index` of the row.
 At = Callable[[Expr], Expr]
 
 
 @dataclass
 class RowSum:
-    """Add `value` over the row; `take` receives the total."""
+    """Add `value` over the row.
+
+    `take` receives the total; or, with `collect`, each lane's part of it for the caller to add up.
+    """
 
     value: At
-    take: Callable[[Expr], Stmt]
     dtype: str
+    take: Callable[[Expr], Stmt] | None = None
+    collect: Callable[[Expr, Expr], Stmt] | None = None
 
 
 @dataclass
 class RowStore:
-    """Run a store for each element of the row."""
+    """Run a store for each element of the row.
 
-    store: Callable[[Expr], Stmt]
+    store(index, new): `new` is None, or says whether the element was not stored before. `twice`: it
+    can be told so; where it cannot (what is added to a half type), no vector overlaps another.
+    """
+
+    store: Callable[[Expr, Expr | None], Stmt]
+    twice: bool = True
 
 
 def row(
@@ -60,51 +76,7 @@ def row(
 
     lanes: elements of one vector register. unroll: registers used side by side for each sum.
     """
-    body: list[Stmt] = []
-    wide = lanes * unroll
-    accumulators = [_Accumulator(s, wide) for s in sums]
-    for acc in accumulators:
-        body.extend(acc.start())
-
-    def at(index: Expr, part: str, lane: Expr) -> Stmt:
-        added = [acc.add(part, lane, index) for acc in accumulators]
-        return seq([*added, *(s.store(index) for s in stores)])
-
-    def vectors(start: Expr, count: Expr, width: int, part: str) -> Stmt:
-        def one(block: Expr) -> Stmt:
-            base = plus(start, times(block, i64(width)))
-            return loop(
-                i64(width),
-                lambda lane: at(plus(base, lane), part, lane),
-                name="lane",
-                kind="vectorized",
-            )
-
-        return loop(count, one, name=part) if constant(count) != 0 else seq([])
-
-    n_wide = bind("n_wide", _floordiv(length, wide), body)
-    done_wide = bind("done_wide", times(n_wide, i64(wide)), body)
-    n_single = i64(0)
-    if unroll > 1:
-        n_single = bind("n_single", _floordiv(_modulo(length, wide), lanes), body)
-    done = bind("done", plus(done_wide, times(n_single, i64(lanes))), body)
-    if accumulators:
-        in_vectors = [
-            *(stmt for acc in accumulators for stmt in acc.start_vectors()),
-            _in_runs(n_wide, wide, accumulators, vectors),
-            vectors(done_wide, n_single, lanes, "vector"),
-            *(stmt for acc in accumulators for stmt in acc.end_vectors()),
-        ]
-        # A row shorter than a vector is spared the clearing and folding of the lanes.
-        body.append(_if_any(done, seq(in_vectors)))
-    else:
-        body.append(vectors(i64(0), n_wide, wide, "run"))
-        body.append(vectors(done_wide, n_single, lanes, "vector"))
-    rest = _modulo(length, lanes)
-    if constant(rest) != 0:
-        body.append(loop(rest, lambda k: at(plus(done, k), "rest", k), name="rest"))
-    body.extend(acc.finish() for acc in accumulators)
-    return seq(body)
+    return _Row(length, sums, stores, lanes, unroll).emit()
 
 
 def registers_a_sum(sums: int, vector_bytes: int) -> int:
@@ -117,113 +89,211 @@ def registers_a_sum(sums: int, vector_bytes: int) -> int:
     return 4 if sums == 1 or (sums == 2 and vector_bytes == 64) else 2
 
 
-def _if_any(count: Expr, body: Stmt) -> Stmt | None:
-    known = constant(count)
-    if known is None:
-        return when(tirx.GT(count, i64(0)), body)
-    return body if known else None
+class _Row:
+    def __init__(
+        self, length: Expr, sums: list[RowSum], stores: list[RowStore], lanes: int, unroll: int
+    ) -> None:
+        self.length = length
+        self.stores = stores
+        self.lanes = lanes
+        self.wide = lanes * unroll
+        self.sums = [_Accumulator(s, lanes, self.wide) for s in sums]
 
+    def emit(self) -> Stmt:
+        body: list[Stmt] = []
+        for acc in self.sums:
+            body.extend(acc.start())
+        known = constant(self.length)
+        if known is None:
+            enough = tirx.GE(self.length, i64(self.lanes))
+            body.append(when(enough, self._long(), self._short()))
+        else:
+            body.append(self._long() if known >= self.lanes else self._short())
+        body.extend(acc.finish() for acc in self.sums)
+        return seq(body)
 
-def _in_runs(
-    n_wide: Expr,
-    wide: int,
-    accumulators: list[_Accumulator],
-    vectors: Callable[[Expr, Expr, int, str], Stmt],
-) -> Stmt:
-    """The multi-register part, with each accumulator emptied after every run."""
+    def _short(self) -> Stmt:
+        return seq([self._one_by_one(i64(0), self.length), *(a.add_rest() for a in self.sums)])
 
-    def run(first: Expr, count: Expr) -> Stmt:
-        return seq(
+    def _one_by_one(self, start: Expr, count: Expr) -> Stmt:
+        def one(k: Expr) -> Stmt:
+            index = plus(start, k)
+            return seq(
+                [
+                    *(acc.grow(acc.rest, i64(0), acc.sum.value(index)) for acc in self.sums),
+                    *(s.store(index, None) for s in self.stores),
+                ]
+            )
+
+        return loop(count, one, name="rest")
+
+    def _long(self) -> Stmt:
+        """A row of at least one vector."""
+        body: list[Stmt] = []
+        n_wide = bind("n_wide", floordiv(self.length, self.wide), body)
+        done_wide = bind("done_wide", times(n_wide, i64(self.wide)), body)
+        body.append(self._in_runs(n_wide) if self.sums else self._vectors(i64(0), n_wide, True))
+        done = done_wide
+        if self.wide > self.lanes:
+            n_single = bind("n_single", floordiv(modulo(self.length, self.wide), self.lanes), body)
+            done = bind("done", plus(done_wide, times(n_single, i64(self.lanes))), body)
+            body.append(self._vectors(done_wide, n_single, False))
+        rest = modulo(self.length, self.lanes)
+        if constant(rest) == 0:
+            return seq(body)
+        if all(s.twice for s in self.stores):
+            last = self._last_vector(rest)
+            body.append(last if constant(rest) else when(tirx.GT(rest, i64(0)), last))
+        else:
+            body.append(self._one_by_one(done, rest))
+            body.extend(acc.add_rest() for acc in self.sums)
+        return seq(body)
+
+    def _vectors(self, start: Expr, count: Expr, wide: bool) -> Stmt:
+        width = self.wide if wide else self.lanes
+
+        def one(block: Expr) -> Stmt:
+            base = plus(start, times(block, i64(width)))
+
+            def at(lane: Expr) -> Stmt:
+                index = plus(base, lane)
+                added = [
+                    acc.grow(acc.run if wide else acc.single, lane, acc.sum.value(index))
+                    for acc in self.sums
+                ]
+                return seq([*added, *(s.store(index, None) for s in self.stores)])
+
+            return vector_loop(width, at)
+
+        return loop(count, one, name="vector") if constant(count) != 0 else seq([])
+
+    def _last_vector(self, rest: Expr) -> Stmt:
+        base = tirx.Sub(self.length, i64(self.lanes))
+        body: list[Stmt] = []
+        done = tirx.Sub(i64(self.lanes), rest)
+        if constant(rest) is None:
+            done = bind("done_lanes", done, body)
+
+        def at(lane: Expr) -> Stmt:
+            new = tirx.GE(lane, done)
+            index = plus(base, lane)
+            added = [
+                acc.grow(
+                    acc.single,
+                    lane,
+                    tirx.Select(new, acc.sum.value(index), zero(acc.sum.dtype)),
+                )
+                for acc in self.sums
+            ]
+            return seq([*added, *(s.store(index, new) for s in self.stores)])
+
+        return seq([*body, vector_loop(self.lanes, at)])
+
+    def _in_runs(self, n_wide: Expr) -> Stmt:
+        """The multi-register part, with each accumulator emptied after every run."""
+
+        def run(first: Expr, count: Expr) -> Stmt:
+            return seq(
+                [
+                    *(stmt for acc in self.sums for stmt in acc.start_run()),
+                    self._vectors(times(first, i64(self.wide)), count, True),
+                    *(acc.end_run() for acc in self.sums),
+                ]
+            )
+
+        body = seq(
             [
-                *(stmt for acc in accumulators for stmt in acc.start_run()),
-                vectors(times(first, i64(wide)), count, wide, "run"),
-                *(acc.end_run() for acc in accumulators),
+                *(stmt for acc in self.sums for stmt in acc.start_wide()),
+                runs(n_wide, _RUN, run),
+                *(stmt for acc in self.sums for stmt in acc.end_wide()),
             ]
         )
-
-    return runs(n_wide, _RUN, run)
+        known = constant(n_wide)
+        if known is None:
+            # A row shorter than that is spared the clearing and folding of the registers.
+            return when(tirx.GT(n_wide, i64(0)), body)
+        return body if known else seq([])
 
 
 class _Accumulator:
-    """One sum's lanes, the lanes of the run at hand, and two scalars: their total, and the rest."""
+    """One sum: a register of its own, the registers of the wide part and of its run, the rest."""
 
-    def __init__(self, row_sum: RowSum, wide: int) -> None:
+    def __init__(self, row_sum: RowSum, lanes: int, wide: int) -> None:
         self.sum = row_sum
-        self.wide = wide
+        self.lanes = lanes
+        self.width = wide
         dtype = row_sum.dtype
-        self.vector: Any = tirx.decl_buffer((wide,), dtype, "lanes", scope="global")
+        self.single: Any = tirx.decl_buffer((lanes,), dtype, "lanes", scope="global")
+        self.wide: Any = tirx.decl_buffer((wide,), dtype, "wide_lanes", scope="global")
         self.run: Any = tirx.decl_buffer((wide,), dtype, "run_lanes", scope="global")
-        self.total: Any = tirx.decl_buffer((1,), dtype, "lane_total", scope="global")
         self.rest: Any = tirx.decl_buffer((1,), dtype, "rest_sum", scope="global")
 
     def start(self) -> list[Stmt]:
         none = zero(self.sum.dtype)
         return [
-            tirx.AllocBuffer(self.total),
+            *self._cleared(self.single, self.lanes),
             tirx.AllocBuffer(self.rest),
-            tirx.BufferStore(self.total, none, [i64(0)]),
             tirx.BufferStore(self.rest, none, [i64(0)]),
         ]
 
-    def start_vectors(self) -> list[Stmt]:
+    def _cleared(self, buffer: Any, width: int) -> list[Stmt]:
         none = zero(self.sum.dtype)
-        return [tirx.AllocBuffer(self.vector), self._each(self.vector, lambda lane: none)]
+        clear = vector_loop(width, lambda lane: tirx.BufferStore(buffer, none, [lane]))
+        return [tirx.AllocBuffer(buffer), clear]
 
-    def end_vectors(self) -> list[Stmt]:
-        stmts: list[Stmt] = []
-        half = self.wide // 2
-        while half >= 1:
-            stmts.append(self._fold(half))
-            half //= 2
-        first = tirx.BufferLoad(self.vector, [i64(0)])
-        return [*stmts, tirx.BufferStore(self.total, first, [i64(0)])]
+    def start_wide(self) -> list[Stmt]:
+        return self._cleared(self.wide, self.width)
 
     def start_run(self) -> list[Stmt]:
-        none = zero(self.sum.dtype)
-        return [tirx.AllocBuffer(self.run), self._each(self.run, lambda lane: none)]
+        return self._cleared(self.run, self.width)
 
     def end_run(self) -> Stmt:
-        def grown(lane: Expr) -> Expr:
-            return tirx.Add(tirx.BufferLoad(self.vector, [lane]), tirx.BufferLoad(self.run, [lane]))
-
-        return self._each(self.vector, grown)
-
-    def _each(self, buffer: Any, value: At) -> Stmt:
-        """Store a value into every lane."""
-        return loop(
-            i64(self.wide),
-            lambda lane: tirx.BufferStore(buffer, value(lane), [lane]),
-            name="lane",
-            kind="vectorized",
+        return vector_loop(
+            self.width,
+            lambda lane: self.grow(self.wide, lane, tirx.BufferLoad(self.run, [lane])),
         )
 
-    def add(self, part: str, lane: Expr, index: Expr) -> Stmt:
-        buffer = {"run": self.run, "vector": self.vector, "rest": self.rest}[part]
-        at = i64(0) if part == "rest" else lane
-        value = tirx.Add(tirx.BufferLoad(buffer, [at]), self.sum.value(index))
-        return tirx.BufferStore(buffer, value, [at])
+    def end_wide(self) -> list[Stmt]:
+        stmts = fold(self.wide, self.width, self.lanes)
+        into = vector_loop(
+            self.lanes,
+            lambda lane: self.grow(self.single, lane, tirx.BufferLoad(self.wide, [lane])),
+        )
+        return [*stmts, into]
+
+    def grow(self, buffer: Any, lane: Expr, value: Expr) -> Stmt:
+        return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [lane]), value), [lane])
+
+    def add_rest(self) -> Stmt:
+        """What was added element by element, into the first lane."""
+        value = tirx.BufferLoad(self.rest, [i64(0)])
+        return self.grow(self.single, i64(0), value)
 
     def finish(self) -> Stmt:
-        both = [tirx.BufferLoad(buffer, [i64(0)]) for buffer in (self.total, self.rest)]
-        return self.sum.take(tirx.Add(*both))
-
-    def _fold(self, half: int) -> Stmt:
-        def one(lane: Expr) -> Stmt:
-            pair = tirx.Add(
-                tirx.BufferLoad(self.vector, [lane]),
-                tirx.BufferLoad(self.vector, [plus(lane, i64(half))]),
+        collect, take = self.sum.collect, self.sum.take
+        if collect is not None:
+            return vector_loop(
+                self.lanes, lambda lane: collect(lane, tirx.BufferLoad(self.single, [lane]))
             )
-            return tirx.BufferStore(self.vector, pair, [lane])
-
-        return loop(i64(half), one, name="lane", kind="vectorized") if half > 1 else one(i64(0))
-
-
-def _floordiv(a: Expr, b: int) -> Expr:
-    value = constant(a)
-    return i64(value // b) if value is not None else tirx.FloorDiv(a, i64(b))
+        assert take is not None
+        first = tirx.BufferLoad(self.single, [i64(0)])
+        return seq([*fold(self.single, self.lanes, 1), take(first)])
 
 
-def _modulo(a: Expr, b: int) -> Expr:
-    """a % b for a power of two, as a mask, from which LLVM sees how short a loop is."""
-    value = constant(a)
-    return i64(value % b) if value is not None else tirx.BitwiseAnd(a, i64(b - 1))
+def fold(buffer: Any, width: int, lanes: int, base: Expr | None = None) -> list[Stmt]:
+    """Add pairs of halves until `lanes` of the `width` elements from `base` on hold the sum."""
+    start = i64(0) if base is None else base
+    stmts: list[Stmt] = []
+    half = width // 2
+    while half >= lanes:
+
+        def one(lane: Expr, half: int = half) -> Stmt:
+            near = plus(start, lane)
+            pair = tirx.Add(
+                tirx.BufferLoad(buffer, [near]), tirx.BufferLoad(buffer, [plus(near, i64(half))])
+            )
+            return tirx.BufferStore(buffer, pair, [near])
+
+        stmts.append(vector_loop(half, one))
+        half //= 2
+    return stmts

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
 from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.affine import common_factor, multiplied_out
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.row_kernel import RowStore, RowSum
 from normgraph.compile.slice_plan import Step
 from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor, loads
-from normgraph.compile.tir import Expr, Stmt, bind, i64, keep, plus, times
+from normgraph.compile.tir import Expr, Stmt, bind, i64, keep, plus, seq, times
 
 
 @dataclass
 class Block:
-    """The slices one task does: `count` from `start`, never more than `most`.
+    """The slices one task does together: `count` from `start`, never more than `most`.
 
     `chunk` numbers the row range whose partial sums they add to.
     """
@@ -30,20 +32,39 @@ class Block:
 
 
 class SliceMemory:
-    """What a task keeps of its slices (one element each), and the way to all other tensors."""
+    """What a task keeps of its slices (one element each), and the way to all other tensors.
 
-    def __init__(self, frame: Frame, per_slice: Iterable[Tensor], block: Block) -> None:
+    per_slice: what is computed for each slice. narrow: inputs with one element a slice, copied here
+    once.
+    """
+
+    def __init__(
+        self, frame: Frame, per_slice: Iterable[Tensor], narrow: Iterable[Tensor], block: Block
+    ) -> None:
         self.frame = frame
         self.block = block
         self.extents = frame.program.extents
+        self.narrow = tuple(narrow)
         # "global" is the scope whose small buffers TVM keeps on the stack.
         self.locals: dict[Tensor, Any] = {
-            t: tirx.decl_buffer((block.most,), t.dtype, t.name, scope="global") for t in per_slice
+            t: tirx.decl_buffer((block.most,), t.dtype, t.name, scope="global")
+            for t in (*per_slice, *self.narrow)
         }
 
     def allocate(self) -> list[Stmt]:
         """The buffers beside the loop."""
         return [tirx.AllocBuffer(buffer) for buffer in self.locals.values()]
+
+    def copy_narrow(self, at: Position, c: Expr) -> Stmt:
+        """Bring the narrow inputs' elements of slice `c` of the block, at `at`."""
+        return seq(
+            [
+                tirx.BufferStore(
+                    self.locals[t], self.frame.load(t, offset(t, at, self.extents)), [c]
+                )
+                for t in self.narrow
+            ]
+        )
 
     def read(self, tensor: Tensor, at: Position, c: Expr) -> Expr:
         """The tensor's element at a position, `c` slices into the block."""
@@ -55,8 +76,8 @@ class SliceMemory:
 class RowReader:
     """Makes the values and stores of one row for `row_kernel`.
 
-    What is the same along the row is computed once in front of it, into `before`; `across` says
-    that the row runs over the slices of the block and not within one.
+    What is the same along the row is computed once in front of it, into `before`. `c` is the row's
+    slice in the block; a row over the slices themselves begins at slice `start` instead.
     """
 
     def __init__(
@@ -66,26 +87,27 @@ class RowReader:
         row_axes: tuple[int, ...],
         c: Expr | None,
         before: list[Stmt],
-        *,
-        across: bool,
+        start: Expr | None = None,
     ) -> None:
         self.memory = memory
         self.at = at
         self.row_axes = row_axes
-        self.across = across
         self.c = c
         self.before = before
+        self.start = i64(0) if start is None else start
         self.fixed: dict[Tensor, Expr] = {}
         self.bases: dict[tuple[Any, ...], Expr] = {}
 
     def _varies(self, tensor: Tensor) -> bool:
         return bool(tensor.axes & frozenset(self.row_axes))
 
+    def _changes(self, node: Node) -> bool:
+        return any(self._varies(tensor) for tensor in loads(node))
+
     def _offset(self, tensor: Tensor, index: Expr) -> Expr:
         key = tuple(str(d) for d in tensor.dims)
         if key not in self.bases:
-            start = self.memory.block.start if self.across else i64(0)
-            at = self.at.along(self.row_axes, start)
+            at = self.at.along(self.row_axes, self.start)
             base = offset(tensor, at, self.memory.extents)
             self.bases[key] = bind("base", base, self.before)
         return plus(self.bases[key], index)
@@ -97,7 +119,12 @@ class RowReader:
 
     def value(self, step: Step) -> Callable[[Expr], Expr]:
         """A step's value as a function of the index in the row."""
-        node = self._hoisted(step.value)
+        if self.c is None:
+            return self._along_row(step.value)
+        return self._along_row(multiplied_out(step.value, self._changes))
+
+    def _along_row(self, value: Node) -> Callable[[Expr], Expr]:
+        node = self._hoisted(value)
         for tensor in loads(node):
             if tensor not in self.memory.locals:
                 self._offset(tensor, i64(0))  # named in front of the loop
@@ -105,7 +132,7 @@ class RowReader:
 
     def _hoisted(self, node: Node) -> Node:
         """The value with whatever is the same along the row computed in front of it."""
-        if not any(self._varies(tensor) for tensor in loads(node)):
+        if not self._changes(node):
             return self._fixed(node)
         if isinstance(node, Apply):
             return Apply(node.make, tuple(self._hoisted(arg) for arg in node.args))
@@ -127,55 +154,94 @@ class RowReader:
             self.fixed[node.tensor] = value
         return Scalar(value)
 
-    def output(self, step: Step, add: bool) -> Callable[[Expr], Stmt]:
+    def output(self, step: Step, add: bool) -> RowStore:
         """Write, or add to, an output element."""
         tensor = step.op.out
         value = self.value(step)
+        frame = self.memory.frame
         self._offset(tensor, i64(0))
-        put = self.memory.frame.add_output if add else self.memory.frame.write_output
-        return lambda index: put(step, value(index), self._offset(tensor, index))
+        if not add:
+            return RowStore(
+                lambda index, new: frame.write_output(
+                    step, value(index), self._offset(tensor, index)
+                )
+            )
+        return RowStore(
+            lambda index, new: frame.add_output(
+                step, value(index), self._offset(tensor, index), new
+            ),
+            twice=tensor.dtype in ("float32", "float64"),
+        )
 
-    def elementwise_sum(self, step: Step) -> Callable[[Expr], Stmt]:
-        """Add to a sum that has an element of its own for each element of the row."""
+    def into_buffer(self, step: Step, buffer: Any) -> RowStore:
+        """Add to a sum with an element of its own for each slice of the row."""
+        return _growing(buffer, self.value(step), lambda index: index)
+
+    def row_sum(self, step: Step) -> RowSum:
+        """The sum of the row, added to its slice's."""
         tensor = step.op.out
-        value = self.value(step)
+        factor, varying = common_factor(step.value, self._changes)
+        value = self._along_row(varying)
+        scale = None if factor is None else self._fixed(factor)
+        dtype = tensor.dtype
+
+        def scaled(total: Expr) -> Expr:
+            if scale is None:
+                return total
+            return tirx.Mul(total, evaluate(scale, lambda t: self.memory.read(t, self.at, self.c)))
+
         if tensor in self.memory.locals:
             buffer = self.memory.locals[tensor]
-
-            def into_local(index: Expr) -> Stmt:
-                grown = tirx.Add(tirx.BufferLoad(buffer, [index]), value(index))
-                return tirx.BufferStore(buffer, grown, [index])
-
-            return into_local
-        buffer = self.memory.frame.partials[tensor]
-        size = element_count(tensor)
-        chunk = self.memory.block.chunk
-        assert chunk is not None
-        at = self.at.along(self.row_axes, i64(0))
-        first = plus(times(chunk, size), offset(tensor, at, self.memory.extents))
-        base = bind("partial", first, self.before)
-
-        def into_partial(index: Expr) -> Stmt:
-            place = [plus(base, index)]
-            grown = tirx.Add(tirx.BufferLoad(buffer, place), value(index))
-            return tirx.BufferStore(buffer, grown, place)
-
-        return into_partial
-
-    def total(self, step: Step) -> Callable[[Expr], Stmt]:
-        """Take the sum of the row."""
-        tensor = step.op.out
-        if tensor in self.memory.locals:
-            buffer = self.memory.locals[tensor]
-            place = [self.c]
 
             def into_local(total: Expr) -> Stmt:
-                return tirx.BufferStore(
-                    buffer, tirx.Add(tirx.BufferLoad(buffer, place), total), place
-                )
+                grown = tirx.Add(tirx.BufferLoad(buffer, [self.c]), scaled(total))
+                return tirx.BufferStore(buffer, grown, [self.c])
 
-            return into_local
+            return RowSum(value, dtype, take=into_local)
         if step.op.reduce != frozenset(self.row_axes):
             raise NotCanonical(f"{tensor.name} needs several rows for one stored sum")
-        place_in = offset(tensor, self.at, self.memory.extents)
-        return lambda total: self.memory.frame.store(tensor, total, place_in)
+        place = offset(tensor, self.at, self.memory.extents)
+        store = self.memory.frame.store
+        return RowSum(value, dtype, take=lambda total: store(tensor, scaled(total), place))
+
+    def lane_sums(self, step: Step, lanes: int, buffer: Any) -> RowSum:
+        """The sum of the row, lane by lane added to the slice's `lanes` elements of `buffer`."""
+        base = times(self.c, i64(lanes))
+
+        def collect(lane: Expr, value: Expr) -> Stmt:
+            place = [plus(base, lane)]
+            return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, place), value), place)
+
+        return RowSum(self.value(step), step.op.out.dtype, collect=collect)
+
+
+def column_sum(readers: Sequence[RowReader], step: Step) -> RowStore:
+    """Add several rows, element by element, to the row range's partial sums."""
+    first = readers[0]
+    tensor = step.op.out
+    memory = first.memory
+    values = [reader.value(step) for reader in readers]
+    chunk = memory.block.chunk
+    assert chunk is not None
+    start = offset(tensor, first.at.along(first.row_axes, i64(0)), memory.extents)
+    base = bind("partial", plus(times(chunk, element_count(tensor)), start), first.before)
+
+    def value(index: Expr) -> Expr:
+        terms = [each(index) for each in values]
+        while len(terms) > 1:
+            pairs = [tirx.Add(*terms[k : k + 2]) for k in range(0, len(terms) - 1, 2)]
+            terms = [*pairs, *terms[len(pairs) * 2 :]]
+        return terms[0]
+
+    return _growing(memory.frame.partials[tensor], value, lambda index: plus(base, index))
+
+
+def _growing(buffer: Any, value: Callable[[Expr], Expr], place: Callable[[Expr], Expr]) -> RowStore:
+    def store(index: Expr, new: Expr | None) -> Stmt:
+        old = tirx.BufferLoad(buffer, [place(index)])
+        grown = tirx.Add(old, value(index))
+        if new is not None:
+            grown = tirx.Select(new, grown, old)
+        return tirx.BufferStore(buffer, grown, [place(index)])
+
+    return RowStore(store)

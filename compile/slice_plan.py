@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.tensor_program import (
@@ -27,11 +28,16 @@ from normgraph.compile.tensor_program import (
 
 @dataclass(eq=False)
 class Step:
-    """One operation of a pass, with its value written over tensors that exist at that point."""
+    """One operation of a pass, with its value written over tensors that exist at that point.
+
+    needs: the outputs that depend on it. sample: where it takes only so many elements of each row
+    (or, with nothing behind the slices' axes, so many rows).
+    """
 
     op: Operation
     value: Node
-    needs: frozenset[int]  # outputs that depend on it
+    needs: frozenset[int]
+    sample: Any = None
 
     @property
     def is_sum(self) -> bool:
@@ -67,6 +73,22 @@ class SlicePlan:
     column_sums: list[Step]
     finish: list[Step]
     finish_sums: dict[Tensor, Step]
+
+    @property
+    def inner_axes(self) -> tuple[int, ...]:
+        """The axes behind the slices' own, along which one row lies."""
+        outside = (*self.slice_axes, *self.lead_axes)
+        return tuple(a for a in self.wide_axes if a not in outside)
+
+    def slice_value(self, name: str, dtype: str) -> Tensor:
+        """A new tensor with one element a slice."""
+        dims = tuple(
+            extent if axis in self.slice_axes else ONE
+            for axis, extent in enumerate(self.program.extents)
+        )
+        tensor = Tensor(name, dtype, dims)
+        self.per_slice[tensor] = None
+        return tensor
 
 
 def plan(program: TensorProgram) -> SlicePlan:
@@ -252,6 +274,7 @@ class _Planner:
         self._store_for_finish()
         ready: dict[Tensor, int] = dict.fromkeys(self.program.inputs, -1)
         passes: dict[int, Pass] = defaultdict(Pass)
+        columns: list[Step] = []
         for op in self.ops.values():
             column = op.out in self.columns
             if op.out in self.across and not column:
@@ -259,7 +282,10 @@ class _Planner:
             value = self._inlined(op.value)
             known = max((ready[t] for t in loads(value)), default=-1)
             step = Step(op, value, frozenset(self.needs[op.out]))
-            if column or self._is_wide_sum(op) or self._is_wide_output(op):
+            if column:
+                ready[op.out] = known + 1
+                columns.append(step)
+            elif self._is_wide_sum(op) or self._is_wide_output(op):
                 ready[op.out] = known + 1
                 passes[known + 1].wide.append(step)
             elif op.out in self.per_slice or op.out in self.stored:
@@ -268,7 +294,11 @@ class _Planner:
             # Everything else is written into the values that use it.
         first = passes.pop(-1, Pass())
         count = max(passes, default=-1) + 1
+        count = max(count, *(ready[step.op.out] + 1 for step in columns), 0)
         ordered = [passes[i] for i in range(count)]
+        if columns:
+            # With the outputs, where the rows of a block go side by side.
+            ordered[-1].wide.extend(columns)
         return [first, *ordered]
 
     def _store_for_finish(self) -> None:

@@ -72,6 +72,16 @@ class Apply:
     args: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class Cast:
+    """The operator of an `Apply` that changes the type; two to the same type are equal."""
+
+    dtype: str
+
+    def __call__(self, value: Expr) -> Expr:
+        return cast(self.dtype, value)
+
+
 Node = Load | Scalar | Apply
 
 
@@ -269,7 +279,7 @@ class _Reader:
         if isinstance(expr, tirx.Cast):
             dtype = str(expr.ty.dtype)
             inner = self._node(expr.value, positions, views)
-            return _apply(lambda a: cast(dtype, a), (inner,))
+            return _apply(Cast(dtype), (inner,))
         if isinstance(expr, BINARY):
             pair = (self._node(expr.a, positions, views), self._node(expr.b, positions, views))
             kind = type(expr)

@@ -58,6 +58,24 @@ def product(factors: Sequence[Expr]) -> Expr:
     return reduce(times, factors, i64(1))
 
 
+def floordiv(a: Expr, b: int) -> Expr:
+    """a // b for sizes."""
+    value = constant(a)
+    return i64(value // b) if value is not None else tirx.FloorDiv(a, i64(b))
+
+
+def modulo(a: Expr, b: int) -> Expr:
+    """a % b for a power of two, as a mask, from which LLVM sees how short a loop is."""
+    value = constant(a)
+    return i64(value % b) if value is not None else tirx.BitwiseAnd(a, i64(b - 1))
+
+
+def least(a: Expr, b: Expr) -> Expr:
+    """min(a, b) for sizes."""
+    x, y = constant(a), constant(b)
+    return i64(min(x, y)) if x is not None and y is not None else tirx.Min(a, b)
+
+
 def total(terms: Sequence[Expr]) -> Expr:
     """The sum of sizes."""
     return reduce(plus, terms, i64(0))
@@ -93,6 +111,13 @@ def loop(
     }
     var = tirx.Var(name, "int64")
     return tirx.For(var, i64(0) if start is None else start, extent, kinds[kind], body(var))
+
+
+def vector_loop(width: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """`body` for `width` lanes at once."""
+    if width == 1:
+        return body(i64(0))
+    return loop(i64(width), body, name="lane", kind="vectorized")
 
 
 def nest(

@@ -47,9 +47,9 @@ _IN_BACKWARD = Expected((0, 1), (), ((PLANE, PLANE, PLANE), (OUT,)), 2, 0, ((0,)
 _GN_BACKWARD = Expected((0, 1), (), (((3, 4), (3, 4), GROUP), (OUT,)), 3, 0, ((0,), (0,)))
 _BN_BACKWARD = Expected((1,), (0,), ((CHANNEL, CHANNEL, CHANNEL), (OUT,)))
 _LN_BACKWARD = Expected(
-    (0, 1), (), ((PLANE, PLANE, PLANE, (0, 1)), ((0, 1), OUT)), 0, 2, ((0, 1), (0, 1))
+    (0, 1), (), ((PLANE, PLANE, PLANE), (OUT, (0, 1), (0, 1))), 0, 2, ((0, 1), (0, 1))
 )
-_RMS_BACKWARD = Expected((0, 1), (), (((2,), (0, 1)), (OUT,)), 0, 1, ((0, 1),))
+_RMS_BACKWARD = Expected((0, 1), (), (((2,),), (OUT, (0, 1))), 0, 1, ((0, 1),))
 _RMS_FORWARD = Expected((0, 1), (), (((2,),), (OUT,)))
 _FOLDED = Expected((0, 1), (), ((OUT,),))
 PLANS: dict[str, dict[str, Expected]] = {

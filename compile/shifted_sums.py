@@ -1,0 +1,170 @@
+"""Centred sums in one traversal less.
+
+The graph takes the mean first and then, around it, sum(x - mean) and sum((x - mean)^2): two
+traversals. Any number s near the mean serves as well to centre on, for with d = mean - s
+
+    mean              = s + sum(x - s)/m
+    sum(x - mean)     = sum(x - s) - m d
+    sum((x - mean)^2) = sum((x - s)^2) - d (sum(x - s) + sum(x - mean))
+
+exactly (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", section 3).
+s is the mean of a sample: of each row the first 1/16, or at least a vector. The last line cancels
+where d^2 is much larger than the variance, and it cannot be: with a sample of m/16 elements the
+slice has d^2 <= 16 var, whatever the data, so at worst 17 times the rounding of the two-pass sum is
+left, and for a sample drawn by chance next to nothing is lost.
+
+The sum that leaves the rounding of the mean, sum(x - mean), stays what it is in the graph, and all
+that follows from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.tensor_program import (
+    Apply,
+    Cast,
+    Load,
+    Node,
+    Operation,
+    Scalar,
+    Tensor,
+    loads,
+)
+from normgraph.compile.tir import Expr, floordiv, i64, least, plus, product, times
+
+# One element in so many is sampled, in whole vectors of the widest registers.
+_SHARE = 16
+_VECTOR = 16
+
+
+def apply(plan: SlicePlan) -> None:
+    """Rewrite the passes of `plan` where they take a mean and then centre on it."""
+    for k in range(1, len(plan.passes) - 1):
+        found = _match(plan, k)
+        if found is not None:
+            _rewrite(plan, k, found)
+            return
+
+
+@dataclass
+class _Match:
+    total: Step  # sum(x)
+    mean: Step  # sum(x) / m
+    centred: Step  # sum(x - mean)
+    squares: Step  # sum((x - mean)^2)
+
+
+def _match(plan: SlicePlan, k: int) -> _Match | None:
+    first, second = plan.passes[k], plan.passes[k + 1]
+    if len(first.wide) != 1 or not first.wide[0].is_sum or len(second.wide) != 2:
+        return None
+    total = first.wide[0]
+    if total.op.out not in plan.per_slice or not _is_read(total.value):
+        return None
+    uses = [s for work in plan.passes for s in work.after if total.op.out in loads(s.value)]
+    if len(uses) != 1 or total.op.out in plan.stored or total.op.out.output_index is not None:
+        return None
+    mean = uses[0]
+    is_mean = isinstance(mean.value, Apply) and mean.value.make is tirx.Div
+    if not (is_mean and _is(mean.value.args[0], total.op.out)):  # type: ignore[union-attr]
+        return None
+    centred = [s for s in second.wide if s.is_sum and _is_centred(s.value, total, mean)]
+    squares = [s for s in second.wide if s.is_sum and _is_square(s.value, total, mean)]
+    if len(centred) != 1 or len(squares) != 1:
+        return None
+    return _Match(total, mean, centred[0], squares[0])
+
+
+def _rewrite(plan: SlicePlan, k: int, found: _Match) -> None:
+    first, second = plan.passes[k], plan.passes[k + 1]
+    x, dtype = found.total.value, found.total.op.out.dtype
+    m = found.mean.value.args[1]  # type: ignore[union-attr]
+    length, count = _sample(plan)
+    needs = found.total.needs | found.centred.needs | found.squares.needs
+
+    def wide(name: str, value: Node, step: Step, sample: Expr | None = None) -> Step:
+        tensor = plan.slice_value(name, dtype)
+        needed = needs if step is not found.squares else step.needs
+        return Step(Operation(tensor, value, step.op.reduce), value, needed, sample)
+
+    def narrow(tensor: Tensor, value: Node) -> Step:
+        return Step(Operation(tensor, value), value, needs)
+
+    sampled = wide("sample", x, found.total, length)
+    shift = plan.slice_value("shift", dtype)
+    sample_mean = Apply(tirx.Div, (Load(sampled.op.out), Scalar(tirx.Cast(dtype, count))))
+    around = Apply(tirx.Sub, (x, Load(shift)))
+    centred = wide("shifted", around, found.centred)
+    squares = wide("shifted_squares", Apply(tirx.Mul, (around, around)), found.squares)
+    distance = plan.slice_value("distance", dtype)
+    mean, rest = found.mean.op.out, found.centred.op.out
+    away = Load(distance)
+    after = [
+        narrow(mean, _add(Load(shift), Apply(tirx.Div, (Load(centred.op.out), m)))),
+        narrow(distance, Apply(tirx.Sub, (Load(mean), Load(shift)))),
+        narrow(rest, _less(Load(centred.op.out), Apply(tirx.Mul, (away, m)))),
+        narrow(
+            found.squares.op.out,
+            _less(
+                Load(squares.op.out),
+                Apply(tirx.Mul, (away, _add(Load(centred.op.out), Load(rest)))),
+            ),
+        ),
+    ]
+    others = [step for step in first.after if step is not found.mean]
+    plan.passes[k] = Pass([sampled], [narrow(shift, sample_mean)])
+    plan.passes[k + 1] = Pass([centred, squares], [*after, *others, *second.after])
+    del plan.per_slice[found.total.op.out]
+
+
+def _sample(plan: SlicePlan) -> tuple[Expr, Expr]:
+    """How much of each row, or how many rows, to take; and how many elements of a slice that is."""
+    extents = plan.program.extents
+    lead = [extents[a] for a in plan.lead_axes]
+    if not plan.inner_axes:
+        taken = _share(lead[-1], 1)
+        return taken, product([*lead[:-1], taken])
+    taken = _share(product([extents[a] for a in plan.inner_axes]), _VECTOR)
+    return taken, product([*lead, taken])
+
+
+def _share(extent: Expr, unit: int) -> Expr:
+    """A sixteenth of `extent` or a little more, at least `unit`, a multiple of it or all."""
+    each = _SHARE * unit
+    return least(extent, times(floordiv(plus(extent, i64(each - 1)), each), i64(unit)))
+
+
+def _is_read(value: Node) -> bool:
+    if isinstance(value, Apply):
+        return isinstance(value.make, Cast) and _is_read(value.args[0])
+    return isinstance(value, Load)
+
+
+def _is(value: Node, tensor: Tensor) -> bool:
+    return isinstance(value, Load) and value.tensor is tensor
+
+
+def _is_centred(value: Node, total: Step, mean: Step) -> bool:
+    if not (isinstance(value, Apply) and value.make is tirx.Sub):
+        return False
+    x, around = value.args
+    same = list(loads(x)) == list(loads(total.value)) and _is_read(x)
+    return same and _is(around, mean.op.out)
+
+
+def _is_square(value: Node, total: Step, mean: Step) -> bool:
+    if not (isinstance(value, Apply) and value.make is tirx.Mul):
+        return False
+    return all(_is_centred(side, total, mean) for side in value.args)
+
+
+def _add(a: Node, b: Node) -> Node:
+    return Apply(tirx.Add, (a, b))
+
+
+def _less(a: Node, b: Node) -> Node:
+    return Apply(tirx.Sub, (a, b))

@@ -1,0 +1,381 @@
+"""What a task does with its slices: pass by pass over their data, and what follows from the sums.
+
+A block of slices goes through each pass together. Short ones wait for nobody: the sums of one row
+do not hold up the loads of the next, and what has one element a slice is computed for the whole
+block in vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+
+from normgraph.compile.addressing import Position, evaluate, offset
+from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.row_kernel import RowStore, RowSum, fold, registers_a_sum, row
+from normgraph.compile.row_reader import Block, RowReader, SliceMemory, column_sum
+from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.tensor_program import Tensor, loads
+from normgraph.compile.tir import (
+    Expr,
+    Stmt,
+    constant,
+    i64,
+    load,
+    loop,
+    nest,
+    plus,
+    product,
+    runs,
+    seq,
+    times,
+    vector_loop,
+    when,
+    zero,
+)
+
+# Neighbours along a leading axis that one sum takes before it is moved on, so that the error of a
+# sum over many grows with its square root.
+_LEAD_RUN = 256
+
+
+class SliceWork:
+    """Emits the statements of one block of slices; `across` runs the vector over the slices."""
+
+    def __init__(
+        self, frame: Frame, block: Block, lanes: int, vector_bytes: int, *, across: bool
+    ) -> None:
+        self.frame = frame
+        self.plan: SlicePlan = frame.plan
+        self.extents = frame.program.extents
+        self.block = block
+        self.lanes = lanes
+        self.vector_bytes = vector_bytes
+        self.across = across
+        narrow = _narrow_inputs(self.plan)
+        self.memory = SliceMemory(frame, self.plan.per_slice, narrow, block)
+        self.inner_axes = self.plan.inner_axes
+
+    def emit(self) -> Stmt:
+        """All passes of the block."""
+        stmts = self.memory.allocate()
+        if self.memory.narrow:
+            stmts.append(
+                self._each_slice(lambda c: self.memory.copy_narrow(self._slice_position(c), c))
+            )
+        for work in self.plan.passes:
+            stmts.extend(self._pass(work))
+        return seq(stmts)
+
+    def _slice_position(self, c: Expr) -> Position:
+        return Position().along(self.plan.slice_axes, plus(self.block.start, c))
+
+    def _each_slice(self, body: Callable[[Expr], Stmt]) -> Stmt:
+        return loop(self.block.count if self.block.most > 1 else i64(1), body, name="c")
+
+    def _all_lanes(self, width: int, body: Callable[[Expr], Stmt]) -> Stmt:
+        """`body` for each of the first `width` elements of a buffer beside the loop, in vectors."""
+        lanes = min(self.lanes, width)
+
+        def vector(k: Expr) -> Stmt:
+            base = times(k, i64(lanes))
+            return vector_loop(lanes, lambda lane: body(plus(base, lane)))
+
+        return loop(i64(width // lanes), vector, name="vector")
+
+    # One pass.
+
+    def _pass(self, work: Pass) -> list[Stmt]:
+        sums = [step for step in work.wide if self._is_local_sum(step)]
+        stmts = [self._clear(self.memory.locals[s.op.out], self.block.most) for s in sums]
+        groups: dict[frozenset[int], list[Step]] = {}
+        outputs: list[Step] = []
+        for step in work.wide:
+            if step.is_sum:
+                groups.setdefault(step.needs, []).append(step)
+            else:
+                outputs.append(step)
+        if groups or outputs:
+            stmts.append(self._traversals(list(groups.items()), outputs))
+        stmts.extend(self._settle(work.after))
+        kept = [*sums, *work.after]
+        if any(self._is_kept(step.op.out) for step in kept):
+            stmts.append(self._each_slice(lambda c: seq([self._keep(s.op.out, c) for s in kept])))
+        return stmts
+
+    def _traversals(
+        self, groups: list[tuple[frozenset[int], list[Step]]], outputs: list[Step]
+    ) -> Stmt:
+        """All of the pass in one loop where all is written, else part by part."""
+        apart: list[Stmt] = []
+        for needs, steps in groups:
+            apart.append(when(self.frame.any_of(needs), self._traverse(steps)))
+        for step in outputs:
+            index = self.frame.output_of(step)
+            added = when(self.frame.is_add(index), self._traverse([step], add=True))
+            apart.append(when(self.frame.is_write(index), self._traverse([step]), added))
+        if len(apart) == 1:
+            return apart[0]
+        conditions = [self.frame.any_of(needs) for needs, _ in groups]
+        conditions += [self.frame.is_write(self.frame.output_of(step)) for step in outputs]
+        known = [c for c in conditions if c is not None]
+        whole = self._traverse([s for _, steps in groups for s in steps] + outputs)
+        if not known:
+            return whole
+        every = known[0]
+        for condition in known[1:]:
+            every = tirx.And(every, condition)
+        return when(every, whole, seq(apart))
+
+    def _is_local_sum(self, step: Step) -> bool:
+        return step.is_sum and step.op.out in self.plan.per_slice
+
+    def _clear(self, buffer: Any, width: int) -> Stmt:
+        none = zero(str(buffer.dtype))
+        return self._all_lanes(width, lambda k: tirx.BufferStore(buffer, none, [k]))
+
+    # One traversal of the slices' data.
+
+    def _traverse(self, steps: list[Step], *, add: bool = False) -> Stmt:
+        if not self.plan.lead_axes:
+            return self._inner(steps, Position(), add, {})
+        outer, first = self.plan.lead_axes[:-1], self.plan.lead_axes[-1]
+        sums = [step.op.out for step in steps if self._is_local_sum(step)]
+        parts = self._parts(sums)
+        sampled = self.across and steps[0].sample is not None
+        extent = steps[0].sample if sampled else self.extents[first]
+
+        def leading(index: list[Expr]) -> Stmt:
+            at = Position(dict(zip(outer, index, strict=True)))
+
+            def run(start: Expr, count: Expr) -> Stmt:
+                def one(n: Expr) -> Stmt:
+                    return self._inner(steps, at.at({first: plus(start, n)}), add, parts)
+
+                return self._added_up(parts, loop(count, one, name=f"n{first}"))
+
+            return runs(extent, _LEAD_RUN, run)
+
+        nested = nest([(f"n{a}", self.extents[a]) for a in outer], leading)
+        return seq([*(tirx.AllocBuffer(buffer) for buffer in parts.values()), nested])
+
+    def _parts(self, sums: list[Tensor]) -> dict[Tensor, Any]:
+        """Buffers for the sums of a run: an element a slice, or a vector a slice's rows."""
+        width = self.block.most if self.across else self.block.most * self.lanes
+        return {
+            t: tirx.decl_buffer((width,), t.dtype, f"{t.name}_run", scope="global") for t in sums
+        }
+
+    def _added_up(self, parts: dict[Tensor, Any], body: Stmt) -> Stmt:
+        """`body` with sums of its own, which then are added to the slices' sums."""
+        stmts = [self._clear(part, int(part.shape[0])) for part in parts.values()]
+        stmts.append(body)
+
+        def grow(tensor: Tensor, c: Expr, value: Expr) -> Stmt:
+            whole = self.memory.locals[tensor]
+            return tirx.BufferStore(whole, load(whole, c) + value, [c])
+
+        if self.across:
+            stmts += [
+                self._all_lanes(self.block.most, lambda c, t=t, p=p: grow(t, c, load(p, c)))
+                for t, p in parts.items()
+            ]
+            return seq(stmts)
+
+        def fold_rows(c: Expr) -> Stmt:
+            base = times(c, i64(self.lanes))
+            folded = []
+            for tensor, part in parts.items():
+                folded += [*fold(part, self.lanes, 1, base), grow(tensor, c, load(part, base))]
+            return seq(folded)
+
+        return seq([*stmts, self._each_slice(fold_rows)]) if parts else seq(stmts)
+
+    def _inner(self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]) -> Stmt:
+        """The part of a traversal that lies together in memory."""
+        if self.across:
+            return self._run_of_slices(steps, at, add, parts)
+        row_axes = self._row_axes(steps)
+        middle = [a for a in self.inner_axes if a not in row_axes]
+        columns = [step for step in steps if step.op.out in self.frame.partials]
+        if columns:
+            sums = [step for step in steps if step.is_sum and step not in columns]
+            first = self._inner(sums, at, add, parts) if sums else None
+            return seq([first, self._columns(steps, columns, row_axes, add)])
+
+        def rows(c: Expr, between: list[Expr]) -> Stmt:
+            here = at.at(dict(zip(middle, between, strict=True)))
+            here = here.along(self.plan.slice_axes, plus(self.block.start, c))
+            return self._row(steps, here, row_axes, c, add, parts)
+
+        extents = [(f"m{a}", self.extents[a]) for a in middle]
+        return self._each_slice(lambda c: nest(extents, lambda index: rows(c, index)))
+
+    def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
+        """The longest run of last axes along which every operand is contiguous or constant."""
+        for first in range(len(self.inner_axes)):
+            run = self.inner_axes[first:]
+            if all(_runs_along(step, frozenset(run)) for step in steps):
+                return run
+        raise NotCanonical("no axis along which all operands are contiguous or constant")
+
+    def _row(
+        self,
+        steps: list[Step],
+        at: Position,
+        row_axes: tuple[int, ...],
+        c: Expr,
+        add: bool,
+        parts: dict[Tensor, Any],
+    ) -> Stmt:
+        stmts: list[Stmt] = []
+        reader = RowReader(self.memory, at, row_axes, c, stmts)
+        sums: list[RowSum] = []
+        stores: list[RowStore] = []
+        for step in steps:
+            if not step.is_sum:
+                stores.append(reader.output(step, add))
+            elif not step.op.reduce & frozenset(row_axes):
+                raise NotCanonical(f"{step.op.out.name} does not add along the row")
+            elif step.op.out in parts:
+                sums.append(reader.lane_sums(step, self.lanes, parts[step.op.out]))
+            else:
+                sums.append(reader.row_sum(step))
+        length = steps[0].sample
+        if length is None:
+            length = product([self.extents[a] for a in row_axes])
+        unroll = registers_a_sum(len(sums), self.vector_bytes)
+        stmts.append(row(length, sums, stores, lanes=self.lanes, unroll=unroll))
+        return seq(stmts)
+
+    def _columns(
+        self, steps: list[Step], columns: list[Step], row_axes: tuple[int, ...], add: bool
+    ) -> Stmt:
+        """All rows of the block side by side, so that column sums are kept in registers."""
+        if row_axes != self.inner_axes:
+            raise NotCanonical("column sums over slices of several rows")
+        stmts: list[Stmt] = []
+        readers = []
+        for k in range(self.block.most):
+            at = self._slice_position(i64(k))
+            readers.append(RowReader(self.memory, at, row_axes, i64(k), stmts))
+        stores = [column_sum(readers, step) for step in columns]
+        for step in steps:
+            if not step.is_sum:
+                stores += [reader.output(step, add) for reader in readers]
+        length = product([self.extents[a] for a in row_axes])
+        stmts.append(row(length, [], stores, lanes=self.lanes, unroll=1))
+        return seq(stmts)
+
+    def _run_of_slices(
+        self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]
+    ) -> Stmt:
+        """A row over the slices of the block, each with sums of its own."""
+        stmts: list[Stmt] = []
+        reader = RowReader(
+            self.memory, at, self.plan.slice_axes, None, stmts, start=self.block.start
+        )
+        stores = [
+            reader.into_buffer(step, parts[step.op.out])
+            if step.is_sum
+            else reader.output(step, add)
+            for step in steps
+        ]
+        full = constant(self.block.count)
+        unroll = 1 if full is None else full // self.lanes
+        stmts.append(row(self.block.count, [], stores, lanes=self.lanes, unroll=unroll))
+        return seq(stmts)
+
+    # Values with one element a slice.
+
+    def _settle(self, steps: list[Step]) -> list[Stmt]:
+        """Compute them, neighbours in vectors."""
+        stmts: list[Stmt] = []
+        together: list[Step] = []
+
+        def flush() -> None:
+            if together:
+                done = tuple(together)
+                stmts.append(self._vectors(lambda k: seq([self._compute(s, k) for s in done])))
+                together.clear()
+
+        for step in steps:
+            if step.op.out in self.plan.per_slice and not step.is_sum and self._at_hand(step):
+                together.append(step)
+                continue
+            flush()
+            stmts.append(self._each_slice(lambda c, step=step: self._one(step, c)))
+        flush()
+        return stmts
+
+    def _at_hand(self, step: Step) -> bool:
+        return all(t in self.memory.locals for t in loads(step.value))
+
+    def _vectors(self, body: Callable[[Expr], Stmt]) -> Stmt:
+        """`body` for every slice of the block, in whole vectors: what lies behind is not used."""
+        if self.block.most == 1:
+            return body(i64(0))
+        lanes = min(self.lanes, self.block.most)
+        count = tirx.FloorDiv(plus(self.block.count, i64(lanes - 1)), i64(lanes))
+
+        def vector(k: Expr) -> Stmt:
+            base = times(k, i64(lanes))
+            return vector_loop(lanes, lambda lane: body(plus(base, lane)))
+
+        return loop(i64(1) if self.block.most == lanes else count, vector, name="vector")
+
+    def _compute(self, step: Step, c: Expr) -> Stmt:
+        value = evaluate(step.value, lambda t: tirx.BufferLoad(self.memory.locals[t], [c]))
+        return tirx.BufferStore(self.memory.locals[step.op.out], value, [c])
+
+    def _one(self, step: Step, c: Expr) -> Stmt:
+        tensor = step.op.out
+        at = self._slice_position(c)
+        if not step.is_sum:
+            value = evaluate(step.value, lambda t: self.memory.read(t, at, c))
+            if tensor in self.plan.per_slice:
+                return tirx.BufferStore(self.memory.locals[tensor], value, [c])
+            return self.frame.store(tensor, value, offset(tensor, at, self.extents))
+        if tensor not in self.plan.per_slice:
+            raise NotCanonical(f"{tensor.name} is a partial sum of partial sums")
+        buffer = self.memory.locals[tensor]
+        axes = sorted(step.op.reduce)
+
+        def one(index: list[Expr]) -> Stmt:
+            inner = at.at(dict(zip(axes, index, strict=True)))
+            value = evaluate(step.value, lambda t: self.memory.read(t, inner, c))
+            return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [c]), value), [c])
+
+        clear = tirx.BufferStore(buffer, zero(tensor.dtype), [c])
+        return seq([clear, nest([(f"k{a}", self.extents[a]) for a in axes], one)])
+
+    def _is_kept(self, tensor: Tensor) -> bool:
+        wanted = tensor in self.frame.workspaces or tensor.output_index is not None
+        return wanted and tensor in self.plan.per_slice
+
+    def _keep(self, tensor: Tensor, c: Expr) -> Stmt | None:
+        """Store a per-slice value where it is wanted."""
+        if not self._is_kept(tensor):
+            return None
+        place = offset(tensor, self._slice_position(c), self.extents)
+        value = load(self.memory.locals[tensor], c)
+        stmts = []
+        if tensor in self.frame.workspaces:
+            stmts.append(self.frame.store(tensor, value, place))
+        if tensor.output_index is not None:
+            stmts.append(self.frame.request_store(tensor, value, place))
+        return seq(stmts)
+
+
+def _runs_along(step: Step, run: frozenset[int]) -> bool:
+    whole = all(t.axes & run in (run, frozenset()) for t in loads(step.value))
+    return whole and step.op.reduce & run in (run, frozenset())
+
+
+def _narrow_inputs(plan: SlicePlan) -> list[Tensor]:
+    """The inputs with one element a slice."""
+    slice_axes, wide = frozenset(plan.slice_axes), frozenset(plan.wide_axes)
+    return [t for t in plan.program.inputs if t.axes <= slice_axes and t.axes != wide]
