@@ -82,7 +82,7 @@ def _first_rule(
     kind: str, func: Any, outputs: Sequence[str], target: Target, progress: Progress
 ) -> Scheduled:
     for rule in RULES:
-        made = rule.apply(func, outputs, target.vector_bytes)
+        made = rule.apply(func, outputs, target)
         if made is not None:
             if rule is RULES[-1]:
                 progress(f"{kind}: no schedule rule knows this pattern; compiled plainly, slow")

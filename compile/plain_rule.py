@@ -13,14 +13,15 @@ import tvm
 from tvm import s_tir, tirx
 
 from normgraph.compile.kernel_frame import ADD, NULL, WRITE, item_size, rounded_sum
+from normgraph.compile.targets import Target
 from normgraph.compile.tir import Expr, Stmt, both, demand, i64, nest, seq, when
 
 NAME = "plain"
 
 
-def apply(func: Any, outputs: Sequence[str], vector_bytes: int) -> Any:
+def apply(func: Any, outputs: Sequence[str], target: Target) -> Any:
     """The function as loops, computing all outputs and storing those that `req` asks for."""
-    del vector_bytes
+    del target
     lowered = _loops(func)
     n_inputs = len(func.params) - len(outputs)
     req = tirx.Var("req", "int64")

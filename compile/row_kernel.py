@@ -18,6 +18,7 @@ from typing import Any
 
 from tvm import tirx
 
+from normgraph.compile.streaming import Streaming
 from normgraph.compile.tir import (
     Expr,
     Stmt,
@@ -25,6 +26,7 @@ from normgraph.compile.tir import (
     constant,
     floordiv,
     i64,
+    least,
     loop,
     modulo,
     plus,
@@ -59,14 +61,22 @@ class RowSum:
 
 @dataclass
 class RowStore:
-    """Run a store for each element of the row.
+    """Store a value for each element of the row.
 
-    store(index, new): `new` is None, or says whether the element was not stored before. `twice`: it
-    can be told so; where it cannot (what is added to a half type), no vector overlaps another.
+    store(index, value, new): `new` is None, or says whether the element was not stored before.
+    twice: it can be told so; where it cannot (what is added to a half type), no vector overlaps
+    another. stream: what is stored may go past the caches, to the element `stream(index)`.
     """
 
-    store: Callable[[Expr, Expr | None], Stmt]
+    value: At
+    store: Callable[[Expr, Expr, Expr | None], Stmt]
+    dtype: str
     twice: bool = True
+    stream: At | None = None
+
+    def put(self, index: Expr, new: Expr | None = None) -> Stmt:
+        """The statement for one element."""
+        return self.store(index, self.value(index), new)
 
 
 def row(
@@ -77,6 +87,17 @@ def row(
     lanes: elements of one vector register. unroll: registers used side by side for each sum.
     """
     return _Row(length, sums, stores, lanes, unroll).emit()
+
+
+def streamed_row(
+    length: Expr, stores: list[RowStore], *, lanes: int, unroll: int, streaming: Streaming
+) -> Stmt:
+    """A row without sums whose outputs go past the caches.
+
+    The outputs have one alignment: the elements in front of the first aligned vector and behind the
+    last one are stored one by one.
+    """
+    return _StreamedRow(length, stores, lanes, unroll, streaming).emit()
 
 
 def registers_a_sum(sums: int, vector_bytes: int) -> int:
@@ -121,7 +142,7 @@ class _Row:
             return seq(
                 [
                     *(acc.grow(acc.rest, i64(0), acc.sum.value(index)) for acc in self.sums),
-                    *(s.store(index, None) for s in self.stores),
+                    *(s.put(index) for s in self.stores),
                 ]
             )
 
@@ -161,7 +182,7 @@ class _Row:
                     acc.grow(acc.run if wide else acc.single, lane, acc.sum.value(index))
                     for acc in self.sums
                 ]
-                return seq([*added, *(s.store(index, None) for s in self.stores)])
+                return seq([*added, *(s.put(index) for s in self.stores)])
 
             return vector_loop(width, at)
 
@@ -185,7 +206,7 @@ class _Row:
                 )
                 for acc in self.sums
             ]
-            return seq([*added, *(s.store(index, new) for s in self.stores)])
+            return seq([*added, *(s.put(index, new) for s in self.stores)])
 
         return seq([*body, vector_loop(self.lanes, at)])
 
@@ -213,6 +234,58 @@ class _Row:
             # A row shorter than that is spared the clearing and folding of the registers.
             return when(tirx.GT(n_wide, i64(0)), body)
         return body if known else seq([])
+
+
+class _StreamedRow:
+    def __init__(
+        self, length: Expr, stores: list[RowStore], lanes: int, unroll: int, streaming: Streaming
+    ) -> None:
+        self.length = length
+        self.stores = stores
+        self.lanes = lanes
+        self.unroll = unroll
+        self.streaming = streaming
+
+    def emit(self) -> Stmt:
+        body: list[Stmt] = []
+        head = bind("head", least(self._unaligned(), self.length), body)
+        count = tirx.Sub(self.length, head)
+        n_wide = bind("n_wide", floordiv(count, self.lanes * self.unroll), body)
+        done = bind("done", plus(head, times(n_wide, i64(self.lanes * self.unroll))), body)
+        body.append(self._one_by_one(i64(0), head))
+        body.append(loop(n_wide, lambda k: self._vectors(head, k), name="vector"))
+        body.append(self._one_by_one(done, tirx.Sub(self.length, done)))
+        return seq(body)
+
+    def _unaligned(self) -> Expr:
+        """Elements in front of the first aligned vector."""
+        store = next(s for s in self.stores if s.stream is not None)
+        assert store.stream is not None
+        return self.streaming.unaligned(store.stream(i64(0)), store.dtype)
+
+    def _one_by_one(self, start: Expr, count: Expr) -> Stmt:
+        return loop(count, lambda k: seq([s.put(plus(start, k)) for s in self.stores]), name="rest")
+
+    def _vectors(self, head: Expr, k: Expr) -> Stmt:
+        stmts: list[Stmt] = []
+        for u in range(self.unroll):
+            base = plus(head, plus(times(k, i64(self.lanes * self.unroll)), i64(u * self.lanes)))
+            for s in self.stores:
+                stmts.extend(self._vector(s, base))
+        return seq(stmts)
+
+    def _vector(self, store: RowStore, base: Expr) -> list[Stmt]:
+        if store.stream is None:
+            return [vector_loop(self.lanes, lambda lane: store.put(plus(base, lane)))]
+        # The store takes a vector, and vectors arise in loops: TVM's passes make one of this.
+        staged = tirx.decl_buffer((self.lanes,), store.dtype, "staged", scope="global")
+        fill = vector_loop(
+            self.lanes,
+            lambda lane: tirx.BufferStore(staged, store.value(plus(base, lane)), [lane]),
+        )
+        whole = tirx.BufferLoad(staged, [tirx.Ramp(i64(0), i64(1), self.lanes)])
+        done = self.streaming.store(store.stream(base), whole, store.dtype)
+        return [tirx.AllocBuffer(staged), fill, done]
 
 
 class _Accumulator:

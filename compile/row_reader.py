@@ -160,17 +160,22 @@ class RowReader:
         value = self.value(step)
         frame = self.memory.frame
         self._offset(tensor, i64(0))
-        if not add:
+
+        def place(index: Expr) -> Expr:
+            return self._offset(tensor, index)
+
+        if add:
             return RowStore(
-                lambda index, new: frame.write_output(
-                    step, value(index), self._offset(tensor, index)
-                )
+                value,
+                lambda index, value, new: frame.add_output(step, value, place(index), new),
+                tensor.dtype,
+                twice=tensor.dtype in ("float32", "float64"),
             )
         return RowStore(
-            lambda index, new: frame.add_output(
-                step, value(index), self._offset(tensor, index), new
-            ),
-            twice=tensor.dtype in ("float32", "float64"),
+            value,
+            lambda index, value, new: frame.write_output(step, value, place(index)),
+            tensor.dtype,
+            stream=lambda index: frame.load(tensor, place(index)),
         )
 
     def into_buffer(self, step: Step, buffer: Any) -> RowStore:
@@ -237,11 +242,11 @@ def column_sum(readers: Sequence[RowReader], step: Step) -> RowStore:
 
 
 def _growing(buffer: Any, value: Callable[[Expr], Expr], place: Callable[[Expr], Expr]) -> RowStore:
-    def store(index: Expr, new: Expr | None) -> Stmt:
+    def store(index: Expr, value: Expr, new: Expr | None) -> Stmt:
         old = tirx.BufferLoad(buffer, [place(index)])
-        grown = tirx.Add(old, value(index))
+        grown = tirx.Add(old, value)
         if new is not None:
             grown = tirx.Select(new, grown, old)
         return tirx.BufferStore(buffer, grown, [place(index)])
 
-    return RowStore(store)
+    return RowStore(value, store, str(buffer.dtype))

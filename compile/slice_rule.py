@@ -38,10 +38,12 @@ from tvm import tirx
 from normgraph.compile import coefficients, shifted_sums
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.finish import Finish
-from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.kernel_frame import Frame, item_size
 from normgraph.compile.row_reader import Block
 from normgraph.compile.slice_plan import SlicePlan, plan
 from normgraph.compile.slice_work import SliceWork
+from normgraph.compile.streaming import Streaming
+from normgraph.compile.targets import Target
 from normgraph.compile.tensor_program import read
 from normgraph.compile.tir import (
     Expr,
@@ -75,28 +77,28 @@ _SERIAL_ELEMENTS = 32768
 _PARTIALS = 16
 
 
-def apply(func: Any, outputs: Sequence[str], vector_bytes: int) -> Any | None:
+def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
     """The scheduled function, or None where the pattern is not this rule's own.
 
-    func: the fused PrimFunc of a graph. outputs: their names, for messages. vector_bytes: size of a
-    vector register.
+    func: the fused PrimFunc of a graph. outputs: their names, for messages.
     The result takes the function's tensors and then the requests as one int64.
     """
     try:
         slice_plan = plan(read(func))
         shifted_sums.apply(slice_plan)
         coefficients.settle(slice_plan)
-        return _Emitter(slice_plan, outputs, vector_bytes).emit()
+        return _Emitter(slice_plan, outputs, target).emit()
     except NotCanonical:
         return None
 
 
 class _Emitter:
-    def __init__(self, slice_plan: SlicePlan, outputs: Sequence[str], vector_bytes: int) -> None:
+    def __init__(self, slice_plan: SlicePlan, outputs: Sequence[str], target: Target) -> None:
         self.plan = slice_plan
         self.program = slice_plan.program
         self.extents = self.program.extents
-        self.vector_bytes = vector_bytes
+        self.vector_bytes = target.vector_bytes
+        self.streaming = Streaming(target, self._lanes())
         self.frame = Frame(slice_plan, outputs, _PARTIALS)
         self.slices = product([self.extents[a] for a in slice_plan.slice_axes])
         self.inner_axes = slice_plan.inner_axes
@@ -105,11 +107,26 @@ class _Emitter:
 
     def emit(self) -> Any:
         opening = self.frame.open()
-        elements = product([self.extents[a] for a in self.plan.wide_axes])
+        elements = bind(
+            "elements", product([self.extents[a] for a in self.plan.wide_axes]), opening
+        )
+        large = tirx.GT(times(elements, i64(self._element_bytes())), i64(self._streamed_from()))
+        self.large = bind("large", large, opening, "bool")
         small = tirx.LE(elements, i64(_SERIAL_ELEMENTS))
         slices = when(small, self._all_slices("serial"), self._all_slices("parallel"))
         body = [*opening, slices, Finish(self.frame, self._lanes()).emit()]
-        return self.frame.close(seq(body))
+        return self.frame.close(self.streaming.wrap(seq(body)))
+
+    def _element_bytes(self) -> int:
+        """Bytes of all whole-size arrays together, an element."""
+        every = frozenset(self.plan.wide_axes)
+        arrays = [*self.program.inputs, *self.program.outputs]
+        return sum(item_size(t.dtype) for t in arrays if t.axes == every)
+
+    def _streamed_from(self) -> int:
+        import os
+
+        return int(os.environ.get("NG_NT", self.streaming.cache_bytes))
 
     def _lanes(self) -> int:
         sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
@@ -134,12 +151,12 @@ class _Emitter:
 
             def four(index: Expr) -> Stmt:
                 start = plus(first, times(index, i64(_COLUMN_ROWS)))
-                return self._work(Block(start, i64(_COLUMN_ROWS), _COLUMN_ROWS, chunk))
+                return self._work(Block(start, i64(_COLUMN_ROWS), _COLUMN_ROWS, chunk), kind)
 
             stmts.append(loop(fours, four, name="rows"))
             one = loop(
                 tirx.Sub(last, rest),
-                lambda index: self._work(Block(plus(rest, index), i64(1), 1, chunk)),
+                lambda index: self._work(Block(plus(rest, index), i64(1), 1, chunk), kind),
                 name="row",
             )
             return seq([*stmts, one])
@@ -158,17 +175,31 @@ class _Emitter:
             inner: list[Stmt] = []
             start = bind("first_slice", times(index, size), inner)
             count = bind("count", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
-            work = self._work(Block(start, count, most))
+            work = self._work(Block(start, count, most), kind)
             if self.across:
                 full = tirx.EQ(count, i64(most))
-                work = when(full, self._work(Block(start, i64(most), most)), work)
+                work = when(full, self._work(Block(start, i64(most), most), kind), work)
+            elif kind == "parallel":
+                # Long rows, one at a time: what is kept of a slice stays in registers.
+                alone = self._work(Block(start, i64(1), 1), kind)
+                work = when(tirx.EQ(size, i64(1)), alone, work)
             return seq([*inner, work])
 
         return seq([*stmts, loop(blocks, task, name="task", kind=kind)])
 
-    def _work(self, block: Block) -> Stmt:
-        work = SliceWork(self.frame, block, self._lanes(), self.vector_bytes, across=self.across)
-        return work.emit()
+    def _work(self, block: Block, kind: str) -> Stmt:
+        work = SliceWork(
+            self.frame,
+            block,
+            self._lanes(),
+            self.vector_bytes,
+            across=self.across,
+            streaming=self.streaming,
+            large=None if kind == "serial" else self.large,
+        )
+        if kind == "serial":
+            return work.emit()
+        return seq([work.emit(), when(self.large, self.streaming.fence())])
 
     def _slices_in_block(self, most: int) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.

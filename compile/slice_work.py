@@ -15,9 +15,17 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.row_kernel import RowStore, RowSum, fold, registers_a_sum, row
+from normgraph.compile.row_kernel import (
+    RowStore,
+    RowSum,
+    fold,
+    registers_a_sum,
+    row,
+    streamed_row,
+)
 from normgraph.compile.row_reader import Block, RowReader, SliceMemory, column_sum
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.streaming import Streaming
 from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import (
     Expr,
@@ -26,6 +34,7 @@ from normgraph.compile.tir import (
     i64,
     load,
     loop,
+    modulo,
     nest,
     plus,
     product,
@@ -40,13 +49,23 @@ from normgraph.compile.tir import (
 # Neighbours along a leading axis that one sum takes before it is moved on, so that the error of a
 # sum over many grows with its square root.
 _LEAD_RUN = 256
+# Rows from this length on are worth the few stores in front of the first aligned vector.
+_STREAMED_ROW = 64
 
 
 class SliceWork:
     """Emits the statements of one block of slices; `across` runs the vector over the slices."""
 
     def __init__(
-        self, frame: Frame, block: Block, lanes: int, vector_bytes: int, *, across: bool
+        self,
+        frame: Frame,
+        block: Block,
+        lanes: int,
+        vector_bytes: int,
+        *,
+        across: bool,
+        streaming: Streaming,
+        large: Expr | None,
     ) -> None:
         self.frame = frame
         self.plan: SlicePlan = frame.plan
@@ -55,6 +74,8 @@ class SliceWork:
         self.lanes = lanes
         self.vector_bytes = vector_bytes
         self.across = across
+        self.streaming = streaming
+        self.large = large
         narrow = _narrow_inputs(self.plan)
         self.memory = SliceMemory(frame, self.plan.per_slice, narrow, block)
         self.inner_axes = self.plan.inner_axes
@@ -248,8 +269,21 @@ class SliceWork:
         if length is None:
             length = product([self.extents[a] for a in row_axes])
         unroll = registers_a_sum(len(sums), self.vector_bytes)
-        stmts.append(row(length, sums, stores, lanes=self.lanes, unroll=unroll))
-        return seq(stmts)
+        cached = row(length, sums, stores, lanes=self.lanes, unroll=unroll)
+        if sums or any(s.stream is None for s in stores):
+            return seq([*stmts, cached])
+        return seq([*stmts, self._streamed(length, stores, unroll, cached)])
+
+    def _streamed(self, length: Expr, stores: list[RowStore], unroll: int, cached: Stmt) -> Stmt:
+        """The row past the caches where the arrays are large, else `cached`."""
+        known = constant(length)
+        if self.large is None or (known is not None and known < _STREAMED_ROW):
+            return cached
+        streamed = streamed_row(
+            length, stores, lanes=self.lanes, unroll=unroll, streaming=self.streaming
+        )
+        long = tirx.GE(length, i64(_STREAMED_ROW))
+        return when(tirx.And(self.large, long), streamed, cached)
 
     def _columns(
         self, steps: list[Step], columns: list[Step], row_axes: tuple[int, ...], add: bool
@@ -267,8 +301,15 @@ class SliceWork:
             if not step.is_sum:
                 stores += [reader.output(step, add) for reader in readers]
         length = product([self.extents[a] for a in row_axes])
-        stmts.append(row(length, [], stores, lanes=self.lanes, unroll=1))
-        return seq(stmts)
+        cached = row(length, [], stores, lanes=self.lanes, unroll=1)
+        if not any(s.stream is not None for s in stores):
+            return seq([*stmts, cached])
+        streamed = self._streamed(length, stores, 1, cached)
+        if self.block.most > 1:
+            # Rows of one alignment.
+            whole = tirx.EQ(modulo(length, self.lanes), i64(0))
+            streamed = when(whole, streamed, cached)
+        return seq([*stmts, streamed])
 
     def _run_of_slices(
         self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]

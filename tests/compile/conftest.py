@@ -252,7 +252,7 @@ def compile_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ke
                 continue
             func = fused(model)
             names = [output.name for output in model.graph.output]
-            made = rule.apply(func, names, goal.vector_bytes)
+            made = rule.apply(func, names, goal)
             scheduled[name] = pipeline.Scheduled(made, rule.NAME)
         folder = tmp_path_factory.mktemp("kernels")
         pipeline.generate(scheduled, goal, folder / "k.o", dump)

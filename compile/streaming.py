@@ -1,0 +1,96 @@
+"""Stores that go past the caches, for outputs larger than those.
+
+An ordinary store first reads the line it writes to. What does not stay in cache anyway is written
+without: two arrays move in a forward instead of three. TVM has no such store, so a few LLVM
+functions are brought along and inlined.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tvm import tirx
+from tvm.ir.expr import StringImm
+
+from normgraph.compile.targets import Target
+from normgraph.compile.tir import Expr, Stmt
+
+_LLVM_TYPES = {"float32": "float", "float64": "double", "float16": "half", "bfloat16": "i16"}
+_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+# Where the machine that will run the kernel is not known.
+_USUAL_CACHE = 32 << 20
+
+
+class Streaming:
+    """The stores and the fence for vectors of `lanes` elements on a target."""
+
+    def __init__(self, target: Target, lanes: int) -> None:
+        self.lanes = lanes
+        self.x86 = target.triple.startswith("x86_64")
+        self.cache_bytes = _last_level_cache() if target.name == "cpu" else _USUAL_CACHE
+
+    def unaligned(self, element: Expr, dtype: str) -> Expr:
+        """How many elements from this one on lie in front of the first aligned vector."""
+        name = f"normgraph_unaligned_{dtype}"
+        return tirx.call_extern("int64", name, tirx.address_of(element))
+
+    def store(self, element: Expr, vector: Expr, dtype: str) -> Stmt:
+        """Store a vector at the (aligned) address of `element`."""
+        name = f"normgraph_stream_{dtype}"
+        call = tirx.call_extern("int32", name, tirx.address_of(element), vector)
+        return tirx.Evaluate(call)
+
+    def fence(self) -> Stmt:
+        """Make this thread's streamed stores visible before what it stores next."""
+        return tirx.Evaluate(tirx.call_extern("int32", "normgraph_fence"))
+
+    def wrap(self, body: Stmt) -> Stmt:
+        """`body` with the functions at hand."""
+        return tirx.AttrStmt(0, "pragma_import_llvm", StringImm(self._functions()), body)
+
+    def _functions(self) -> str:
+        lines = []
+        for dtype, llvm in _LLVM_TYPES.items():
+            size = _BYTES[dtype]
+            align = self.lanes * size
+            stored = f"<{self.lanes} x {llvm}>"
+            given, bits = stored, []
+            if dtype == "bfloat16":
+                # TVM passes it as the float32 it was rounded from.
+                given = f"<{self.lanes} x float>"
+                whole = f"<{self.lanes} x i32>"
+                upper = ", ".join(["i32 16"] * self.lanes)
+                bits = [
+                    f"  %bits = bitcast {given} %given to {whole}",
+                    f"  %upper = lshr {whole} %bits, <{upper}>",
+                    f"  %v = trunc {whole} %upper to {stored}",
+                ]
+            lines += [
+                f"define i64 @normgraph_unaligned_{dtype}(ptr %p) {{",
+                "  %address = ptrtoint ptr %p to i64",
+                "  %behind = sub i64 0, %address",
+                f"  %bytes = and i64 %behind, {align - 1}",
+                f"  %count = udiv i64 %bytes, {size}",
+                "  ret i64 %count",
+                "}",
+                f"define i32 @normgraph_stream_{dtype}(ptr %p, {given} %{'given' if bits else 'v'}) {{",
+                *bits,
+                f"  store {stored} %v, ptr %p, align {align}, !nontemporal !0",
+                "  ret i32 0",
+                "}",
+            ]
+        # x86 orders such stores by sfence only; elsewhere the end of the task does.
+        fence = ["  call void @llvm.x86.sse.sfence()"] if self.x86 else []
+        lines += ["define i32 @normgraph_fence() {", *fence, "  ret i32 0", "}"]
+        if self.x86:
+            lines.append("declare void @llvm.x86.sse.sfence()")
+        return "\n".join([*lines, "!0 = !{i32 1}", ""])
+
+
+def _last_level_cache() -> int:
+    """This machine's, in bytes."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache")
+    sizes = [path.read_text().strip() for path in sorted(caches.glob("index*/size"))]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    known = [int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units and s[:-1].isdigit()]
+    return max(known, default=_USUAL_CACHE)
