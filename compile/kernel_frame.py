@@ -108,7 +108,7 @@ class Frame:
 
     def close(self, body: Stmt) -> Any:
         """The function of all parameters with this body."""
-        return tirx.PrimFunc([*self.params, self.req], body).with_attr("tirx.noalias", False)
+        return tirx.PrimFunc([*self.params, self.req], body).with_attr("tirx.noalias", True)
 
     # Requests.
 

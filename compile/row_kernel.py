@@ -261,7 +261,7 @@ class _StreamedRow:
         """Elements in front of the first aligned vector."""
         store = next(s for s in self.stores if s.stream is not None)
         assert store.stream is not None
-        return self.streaming.unaligned(store.stream(i64(0)), store.dtype)
+        return self.streaming.unaligned(store.stream(i64(0)), store.dtype, self.lanes)
 
     def _one_by_one(self, start: Expr, count: Expr) -> Stmt:
         return loop(count, lambda k: seq([s.put(plus(start, k)) for s in self.stores]), name="rest")
@@ -284,7 +284,7 @@ class _StreamedRow:
             lambda lane: tirx.BufferStore(staged, store.value(plus(base, lane)), [lane]),
         )
         whole = tirx.BufferLoad(staged, [tirx.Ramp(i64(0), i64(1), self.lanes)])
-        done = self.streaming.store(store.stream(base), whole, store.dtype)
+        done = self.streaming.store(store.stream(base), whole, store.dtype, self.lanes)
         return [tirx.AllocBuffer(staged), fill, done]
 
 

@@ -220,15 +220,12 @@ class RowReader:
         return RowSum(self.value(step), step.op.out.dtype, collect=collect)
 
 
-def column_sum(readers: Sequence[RowReader], step: Step) -> RowStore:
-    """Add several rows, element by element, to the row range's partial sums."""
+def column_sum(readers: Sequence[RowReader], step: Step, partial: Any, chunk: Expr) -> RowStore:
+    """Add several rows, element by element, to row range `chunk` of the partial sums."""
     first = readers[0]
     tensor = step.op.out
-    memory = first.memory
     values = [reader.value(step) for reader in readers]
-    chunk = memory.block.chunk
-    assert chunk is not None
-    start = offset(tensor, first.at.along(first.row_axes, i64(0)), memory.extents)
+    start = offset(tensor, first.at.along(first.row_axes, i64(0)), first.memory.extents)
     base = bind("partial", plus(times(chunk, element_count(tensor)), start), first.before)
 
     def value(index: Expr) -> Expr:
@@ -238,7 +235,7 @@ def column_sum(readers: Sequence[RowReader], step: Step) -> RowStore:
             terms = [*pairs, *terms[len(pairs) * 2 :]]
         return terms[0]
 
-    return _growing(memory.frame.partials[tensor], value, lambda index: plus(base, index))
+    return _growing(partial, value, lambda index: plus(base, index))
 
 
 def _growing(buffer: Any, value: Callable[[Expr], Expr], place: Callable[[Expr], Expr]) -> RowStore:

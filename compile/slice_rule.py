@@ -37,6 +37,7 @@ from tvm import tirx
 
 from normgraph.compile import coefficients, shifted_sums
 from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.column_work import ColumnWork
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame, item_size
 from normgraph.compile.row_reader import Block
@@ -67,8 +68,12 @@ _RUN_BYTES = 12 * 1024
 # Slices of a block: contiguous ones, and those that lie apart (batch norm's channels).
 _MOST_SLICES = 16
 _MOST_CHANNELS = 64
+# Rows of a block are short and lie anywhere: every vector of 64 bytes would cross a cache line.
+_SHORT_ROW_VECTOR = 32
 # Channels in the vector where nothing lies behind the channel axis.
 _CHANNEL_RUN = 64
+# Rows from which on they are all read in order, with partial sums for ranges of them.
+_COLUMN_WORK_ROWS = 256
 # Rows whose column sums are kept in registers together.
 _COLUMN_ROWS = 4
 # Up to this many elements a launch of the thread pool costs more than it gains.
@@ -98,7 +103,7 @@ class _Emitter:
         self.program = slice_plan.program
         self.extents = self.program.extents
         self.vector_bytes = target.vector_bytes
-        self.streaming = Streaming(target, self._lanes())
+        self.streaming = Streaming(target)
         self.frame = Frame(slice_plan, outputs, _PARTIALS)
         self.slices = product([self.extents[a] for a in slice_plan.slice_axes])
         self.inner_axes = slice_plan.inner_axes
@@ -110,23 +115,19 @@ class _Emitter:
         elements = bind(
             "elements", product([self.extents[a] for a in self.plan.wide_axes]), opening
         )
-        large = tirx.GT(times(elements, i64(self._element_bytes())), i64(self._streamed_from()))
+        # What is read fills the last-level cache by itself: nothing written would stay in it.
+        read = times(elements, i64(self._read_bytes()))
+        large = tirx.GT(read, i64(self.streaming.cache_bytes))
         self.large = bind("large", large, opening, "bool")
         small = tirx.LE(elements, i64(_SERIAL_ELEMENTS))
-        slices = when(small, self._all_slices("serial"), self._all_slices("parallel"))
+        slices = when(small, self._all_slices("serial"), self._parallel())
         body = [*opening, slices, Finish(self.frame, self._lanes()).emit()]
         return self.frame.close(self.streaming.wrap(seq(body)))
 
-    def _element_bytes(self) -> int:
-        """Bytes of all whole-size arrays together, an element."""
+    def _read_bytes(self) -> int:
+        """Bytes of all whole-size inputs together, an element."""
         every = frozenset(self.plan.wide_axes)
-        arrays = [*self.program.inputs, *self.program.outputs]
-        return sum(item_size(t.dtype) for t in arrays if t.axes == every)
-
-    def _streamed_from(self) -> int:
-        import os
-
-        return int(os.environ.get("NG_NT", self.streaming.cache_bytes))
+        return sum(item_size(t.dtype) for t in self.program.inputs if t.axes == every)
 
     def _lanes(self) -> int:
         sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
@@ -137,6 +138,14 @@ class _Emitter:
         if self.plan.column_sums:
             return self._row_ranges(kind)
         return self._blocks(kind)
+
+    def _parallel(self) -> Stmt:
+        slices = self._all_slices("parallel")
+        if not self.across:
+            return slices
+        rows = product([self.extents[a] for a in self.plan.lead_axes])
+        columns = ColumnWork(self.frame, self._lanes(), self.streaming, self.large).emit()
+        return when(tirx.GE(rows, i64(_COLUMN_WORK_ROWS)), columns, slices)
 
     def _row_ranges(self, kind: str) -> Stmt:
         if self.plan.lead_axes:
@@ -188,11 +197,14 @@ class _Emitter:
         return seq([*stmts, loop(blocks, task, name="task", kind=kind)])
 
     def _work(self, block: Block, kind: str) -> Stmt:
+        vector_bytes = self.vector_bytes
+        if block.most > 1 and not (self.across or self.plan.column_sums):
+            vector_bytes = min(vector_bytes, _SHORT_ROW_VECTOR)
         work = SliceWork(
             self.frame,
             block,
-            self._lanes(),
-            self.vector_bytes,
+            self._lanes() // (self.vector_bytes // vector_bytes),
+            vector_bytes,
             across=self.across,
             streaming=self.streaming,
             large=None if kind == "serial" else self.large,

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.addressing import Position, evaluate, offset
+from normgraph.compile.addressing import Position
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.row_kernel import (
@@ -23,8 +23,9 @@ from normgraph.compile.row_kernel import (
     row,
     streamed_row,
 )
-from normgraph.compile.row_reader import Block, RowReader, SliceMemory, column_sum
+from normgraph.compile.row_reader import Block, RowReader, column_sum
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.slice_values import SliceValues
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import (
@@ -76,26 +77,16 @@ class SliceWork:
         self.across = across
         self.streaming = streaming
         self.large = large
-        narrow = _narrow_inputs(self.plan)
-        self.memory = SliceMemory(frame, self.plan.per_slice, narrow, block)
+        self.values = SliceValues(frame, block, lanes)
+        self.memory = self.values.memory
         self.inner_axes = self.plan.inner_axes
 
     def emit(self) -> Stmt:
         """All passes of the block."""
-        stmts = self.memory.allocate()
-        if self.memory.narrow:
-            stmts.append(
-                self._each_slice(lambda c: self.memory.copy_narrow(self._slice_position(c), c))
-            )
+        stmts = self.values.open()
         for work in self.plan.passes:
             stmts.extend(self._pass(work))
         return seq(stmts)
-
-    def _slice_position(self, c: Expr) -> Position:
-        return Position().along(self.plan.slice_axes, plus(self.block.start, c))
-
-    def _each_slice(self, body: Callable[[Expr], Stmt]) -> Stmt:
-        return loop(self.block.count if self.block.most > 1 else i64(1), body, name="c")
 
     def _all_lanes(self, width: int, body: Callable[[Expr], Stmt]) -> Stmt:
         """`body` for each of the first `width` elements of a buffer beside the loop, in vectors."""
@@ -121,11 +112,9 @@ class SliceWork:
                 outputs.append(step)
         if groups or outputs:
             stmts.append(self._traversals(list(groups.items()), outputs))
-        stmts.extend(self._settle(work.after))
-        kept = [*sums, *work.after]
-        if any(self._is_kept(step.op.out) for step in kept):
-            stmts.append(self._each_slice(lambda c: seq([self._keep(s.op.out, c) for s in kept])))
-        return stmts
+        stmts.extend(self.values.settle(work.after))
+        kept = self.values.keep([*sums, *work.after])
+        return stmts if kept is None else [*stmts, kept]
 
     def _traversals(
         self, groups: list[tuple[frozenset[int], list[Step]]], outputs: list[Step]
@@ -200,11 +189,11 @@ class SliceWork:
             return tirx.BufferStore(whole, load(whole, c) + value, [c])
 
         if self.across:
-            stmts += [
-                self._all_lanes(self.block.most, lambda c, t=t, p=p: grow(t, c, load(p, c)))
-                for t, p in parts.items()
-            ]
-            return seq(stmts)
+
+            def grow_all(c: Expr) -> Stmt:
+                return seq([grow(t, c, load(p, c)) for t, p in parts.items()])
+
+            return seq([*stmts, self._all_lanes(self.block.most, grow_all)])
 
         def fold_rows(c: Expr) -> Stmt:
             base = times(c, i64(self.lanes))
@@ -213,7 +202,7 @@ class SliceWork:
                 folded += [*fold(part, self.lanes, 1, base), grow(tensor, c, load(part, base))]
             return seq(folded)
 
-        return seq([*stmts, self._each_slice(fold_rows)]) if parts else seq(stmts)
+        return seq([*stmts, self.values.each_slice(fold_rows)]) if parts else seq(stmts)
 
     def _inner(self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]) -> Stmt:
         """The part of a traversal that lies together in memory."""
@@ -233,7 +222,7 @@ class SliceWork:
             return self._row(steps, here, row_axes, c, add, parts)
 
         extents = [(f"m{a}", self.extents[a]) for a in middle]
-        return self._each_slice(lambda c: nest(extents, lambda index: rows(c, index)))
+        return self.values.each_slice(lambda c: nest(extents, lambda index: rows(c, index)))
 
     def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
         """The longest run of last axes along which every operand is contiguous or constant."""
@@ -294,9 +283,12 @@ class SliceWork:
         stmts: list[Stmt] = []
         readers = []
         for k in range(self.block.most):
-            at = self._slice_position(i64(k))
+            at = self.values.position(i64(k))
             readers.append(RowReader(self.memory, at, row_axes, i64(k), stmts))
-        stores = [column_sum(readers, step) for step in columns]
+        chunk = self.block.chunk
+        assert chunk is not None
+        partials = self.frame.partials
+        stores = [column_sum(readers, s, partials[s.op.out], chunk) for s in columns]
         for step in steps:
             if not step.is_sum:
                 stores += [reader.output(step, add) for reader in readers]
@@ -330,93 +322,7 @@ class SliceWork:
         stmts.append(row(self.block.count, [], stores, lanes=self.lanes, unroll=unroll))
         return seq(stmts)
 
-    # Values with one element a slice.
-
-    def _settle(self, steps: list[Step]) -> list[Stmt]:
-        """Compute them, neighbours in vectors."""
-        stmts: list[Stmt] = []
-        together: list[Step] = []
-
-        def flush() -> None:
-            if together:
-                done = tuple(together)
-                stmts.append(self._vectors(lambda k: seq([self._compute(s, k) for s in done])))
-                together.clear()
-
-        for step in steps:
-            if step.op.out in self.plan.per_slice and not step.is_sum and self._at_hand(step):
-                together.append(step)
-                continue
-            flush()
-            stmts.append(self._each_slice(lambda c, step=step: self._one(step, c)))
-        flush()
-        return stmts
-
-    def _at_hand(self, step: Step) -> bool:
-        return all(t in self.memory.locals for t in loads(step.value))
-
-    def _vectors(self, body: Callable[[Expr], Stmt]) -> Stmt:
-        """`body` for every slice of the block, in whole vectors: what lies behind is not used."""
-        if self.block.most == 1:
-            return body(i64(0))
-        lanes = min(self.lanes, self.block.most)
-        count = tirx.FloorDiv(plus(self.block.count, i64(lanes - 1)), i64(lanes))
-
-        def vector(k: Expr) -> Stmt:
-            base = times(k, i64(lanes))
-            return vector_loop(lanes, lambda lane: body(plus(base, lane)))
-
-        return loop(i64(1) if self.block.most == lanes else count, vector, name="vector")
-
-    def _compute(self, step: Step, c: Expr) -> Stmt:
-        value = evaluate(step.value, lambda t: tirx.BufferLoad(self.memory.locals[t], [c]))
-        return tirx.BufferStore(self.memory.locals[step.op.out], value, [c])
-
-    def _one(self, step: Step, c: Expr) -> Stmt:
-        tensor = step.op.out
-        at = self._slice_position(c)
-        if not step.is_sum:
-            value = evaluate(step.value, lambda t: self.memory.read(t, at, c))
-            if tensor in self.plan.per_slice:
-                return tirx.BufferStore(self.memory.locals[tensor], value, [c])
-            return self.frame.store(tensor, value, offset(tensor, at, self.extents))
-        if tensor not in self.plan.per_slice:
-            raise NotCanonical(f"{tensor.name} is a partial sum of partial sums")
-        buffer = self.memory.locals[tensor]
-        axes = sorted(step.op.reduce)
-
-        def one(index: list[Expr]) -> Stmt:
-            inner = at.at(dict(zip(axes, index, strict=True)))
-            value = evaluate(step.value, lambda t: self.memory.read(t, inner, c))
-            return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [c]), value), [c])
-
-        clear = tirx.BufferStore(buffer, zero(tensor.dtype), [c])
-        return seq([clear, nest([(f"k{a}", self.extents[a]) for a in axes], one)])
-
-    def _is_kept(self, tensor: Tensor) -> bool:
-        wanted = tensor in self.frame.workspaces or tensor.output_index is not None
-        return wanted and tensor in self.plan.per_slice
-
-    def _keep(self, tensor: Tensor, c: Expr) -> Stmt | None:
-        """Store a per-slice value where it is wanted."""
-        if not self._is_kept(tensor):
-            return None
-        place = offset(tensor, self._slice_position(c), self.extents)
-        value = load(self.memory.locals[tensor], c)
-        stmts = []
-        if tensor in self.frame.workspaces:
-            stmts.append(self.frame.store(tensor, value, place))
-        if tensor.output_index is not None:
-            stmts.append(self.frame.request_store(tensor, value, place))
-        return seq(stmts)
-
 
 def _runs_along(step: Step, run: frozenset[int]) -> bool:
     whole = all(t.axes & run in (run, frozenset()) for t in loads(step.value))
     return whole and step.op.reduce & run in (run, frozenset())
-
-
-def _narrow_inputs(plan: SlicePlan) -> list[Tensor]:
-    """The inputs with one element a slice."""
-    slice_axes, wide = frozenset(plan.slice_axes), frozenset(plan.wide_axes)
-    return [t for t in plan.program.inputs if t.axes <= slice_axes and t.axes != wide]

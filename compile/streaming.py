@@ -22,21 +22,23 @@ _USUAL_CACHE = 32 << 20
 
 
 class Streaming:
-    """The stores and the fence for vectors of `lanes` elements on a target."""
+    """The stores and the fence of a target."""
 
-    def __init__(self, target: Target, lanes: int) -> None:
-        self.lanes = lanes
+    def __init__(self, target: Target) -> None:
+        self.used: set[tuple[str, int]] = set()
         self.x86 = target.triple.startswith("x86_64")
         self.cache_bytes = _last_level_cache() if target.name == "cpu" else _USUAL_CACHE
 
-    def unaligned(self, element: Expr, dtype: str) -> Expr:
+    def unaligned(self, element: Expr, dtype: str, lanes: int) -> Expr:
         """How many elements from this one on lie in front of the first aligned vector."""
-        name = f"normgraph_unaligned_{dtype}"
+        self.used.add((dtype, lanes))
+        name = f"normgraph_unaligned_{dtype}x{lanes}"
         return tirx.call_extern("int64", name, tirx.address_of(element))
 
-    def store(self, element: Expr, vector: Expr, dtype: str) -> Stmt:
+    def store(self, element: Expr, vector: Expr, dtype: str, lanes: int) -> Stmt:
         """Store a vector at the (aligned) address of `element`."""
-        name = f"normgraph_stream_{dtype}"
+        self.used.add((dtype, lanes))
+        name = f"normgraph_stream_{dtype}x{lanes}"
         call = tirx.call_extern("int32", name, tirx.address_of(element), vector)
         return tirx.Evaluate(call)
 
@@ -49,42 +51,42 @@ class Streaming:
         return tirx.AttrStmt(0, "pragma_import_llvm", StringImm(self._functions()), body)
 
     def _functions(self) -> str:
-        lines = []
-        for dtype, llvm in _LLVM_TYPES.items():
-            size = _BYTES[dtype]
-            align = self.lanes * size
-            stored = f"<{self.lanes} x {llvm}>"
-            given, bits = stored, []
-            if dtype == "bfloat16":
-                # TVM passes it as the float32 it was rounded from.
-                given = f"<{self.lanes} x float>"
-                whole = f"<{self.lanes} x i32>"
-                upper = ", ".join(["i32 16"] * self.lanes)
-                bits = [
-                    f"  %bits = bitcast {given} %given to {whole}",
-                    f"  %upper = lshr {whole} %bits, <{upper}>",
-                    f"  %v = trunc {whole} %upper to {stored}",
-                ]
-            lines += [
-                f"define i64 @normgraph_unaligned_{dtype}(ptr %p) {{",
-                "  %address = ptrtoint ptr %p to i64",
-                "  %behind = sub i64 0, %address",
-                f"  %bytes = and i64 %behind, {align - 1}",
-                f"  %count = udiv i64 %bytes, {size}",
-                "  ret i64 %count",
-                "}",
-                f"define i32 @normgraph_stream_{dtype}(ptr %p, {given} %{'given' if bits else 'v'}) {{",
-                *bits,
-                f"  store {stored} %v, ptr %p, align {align}, !nontemporal !0",
-                "  ret i32 0",
-                "}",
-            ]
+        lines = [line for each in sorted(self.used) for line in _vector_functions(*each)]
         # x86 orders such stores by sfence only; elsewhere the end of the task does.
         fence = ["  call void @llvm.x86.sse.sfence()"] if self.x86 else []
         lines += ["define i32 @normgraph_fence() {", *fence, "  ret i32 0", "}"]
         if self.x86:
             lines.append("declare void @llvm.x86.sse.sfence()")
         return "\n".join([*lines, "!0 = !{i32 1}", ""])
+
+
+def _vector_functions(dtype: str, lanes: int) -> list[str]:
+    size = _BYTES[dtype]
+    stored = f"<{lanes} x {_LLVM_TYPES[dtype]}>"
+    given, bits = f"{stored} %v", []
+    if dtype == "bfloat16":
+        # TVM passes it as the float32 it was rounded from.
+        given, whole = f"<{lanes} x float> %given", f"<{lanes} x i32>"
+        upper = ", ".join(["i32 16"] * lanes)
+        bits = [
+            f"  %bits = bitcast {given} to {whole}",
+            f"  %upper = lshr {whole} %bits, <{upper}>",
+            f"  %v = trunc {whole} %upper to {stored}",
+        ]
+    return [
+        f"define i64 @normgraph_unaligned_{dtype}x{lanes}(ptr %p) {{",
+        "  %address = ptrtoint ptr %p to i64",
+        "  %behind = sub i64 0, %address",
+        f"  %bytes = and i64 %behind, {lanes * size - 1}",
+        f"  %count = udiv i64 %bytes, {size}",
+        "  ret i64 %count",
+        "}",
+        f"define i32 @normgraph_stream_{dtype}x{lanes}(ptr %p, {given}) {{",
+        *bits,
+        f"  store {stored} %v, ptr %p, align {lanes * size}, !nontemporal !0",
+        "  ret i32 0",
+        "}",
+    ]
 
 
 def _last_level_cache() -> int:

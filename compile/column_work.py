@@ -1,0 +1,241 @@
+"""Statistics over the leading axes with nothing behind them: batch norm of a matrix.
+
+Here a slice is a column, and reading one alone would touch a line of memory for each element. So
+all columns are done together, row by row: each of a fixed number of row ranges adds its rows up
+into partial sums of its own, the partial sums are added in a fixed order, and what follows from
+them is computed for all columns in vectors. Four rows go side by side, so that a sum is loaded and
+stored once for four.
+
+Bytes: x (and dy) once a pass, in order; the sums stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+
+from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.row_kernel import RowStore, row, streamed_row
+from normgraph.compile.row_reader import Block, RowReader, SliceMemory, column_sum
+from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.streaming import Streaming
+from normgraph.compile.tensor_program import Tensor
+from normgraph.compile.tir import (
+    Expr,
+    Stmt,
+    bind,
+    floordiv,
+    i64,
+    load,
+    loop,
+    modulo,
+    plus,
+    product,
+    seq,
+    times,
+    vector_loop,
+    when,
+    zero,
+)
+
+# Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
+RANGES = 16
+_ROWS = 4
+# Rows from this length on are worth the few stores in front of the first aligned vector.
+_STREAMED_ROW = 64
+
+
+class ColumnWork:
+    """Emits the whole work of a function; `large` says whether outputs go past the caches."""
+
+    def __init__(self, frame: Frame, lanes: int, streaming: Streaming, large: Expr) -> None:
+        self.frame = frame
+        self.plan: SlicePlan = frame.plan
+        self.extents = frame.program.extents
+        self.lanes = lanes
+        self.streaming = streaming
+        self.large = large
+        self.columns = product([self.extents[a] for a in self.plan.slice_axes])
+        self.rows = product([self.extents[a] for a in self.plan.lead_axes])
+        self.memory = SliceMemory(frame, (), (), self._block(i64(0)))
+        self.memory.locals = {t: self._array(t, i64(1)) for t in self.plan.per_slice}
+
+    def _block(self, chunk: Expr) -> Block:
+        return Block(i64(0), self.columns, 1, chunk)
+
+    def _array(self, tensor: Tensor, copies: Expr) -> Any:
+        size = times(copies, element_count(tensor))
+        return tirx.decl_buffer((size,), tensor.dtype, tensor.name, scope="global")
+
+    def emit(self) -> Stmt:
+        """All passes, each a parallel loop over rows and then the columns' values."""
+        stmts: list[Stmt] = [tirx.AllocBuffer(b) for b in self.memory.locals.values()]
+        for work in self.plan.passes:
+            stmts += self._pass(work)
+        return seq(stmts)
+
+    def _pass(self, work: Pass) -> list[Stmt]:
+        sums = [step for step in work.wide if step.is_sum]
+        stmts: list[Stmt] = []
+        if sums:
+            needs = frozenset[int]().union(*(step.needs for step in sums))
+            stmts.append(when(self.frame.any_of(needs), self._sums(sums)))
+        stmts += [self._settle(work.after)] if work.after else []
+        kept = [s.op.out for s in (*sums, *work.after) if s.op.out.output_index is not None]
+        if kept:
+            stmts.append(loop(self.columns, lambda c: self._keep(kept, c), name="column"))
+        for step in work.wide:
+            if not step.is_sum:
+                index = self.frame.output_of(step)
+                added = when(self.frame.is_add(index), self._output(step, add=True))
+                stmts.append(when(self.frame.is_write(index), self._output(step), added))
+        return stmts
+
+    # Sums.
+
+    def _sums(self, steps: list[Step]) -> Stmt:
+        partials = {s.op.out: self._array(s.op.out, i64(RANGES)) for s in steps}
+        rows = self.rows if steps[0].sample is None else self._sampled(steps[0])
+
+        def task(chunk: Expr) -> Stmt:
+            start = times(chunk, self.columns)
+
+            def clear(c: Expr) -> Stmt:
+                return seq(
+                    [
+                        tirx.BufferStore(buffer, zero(tensor.dtype), [plus(start, c)])
+                        for tensor, buffer in partials.items()
+                    ]
+                )
+
+            def some(first: Expr, count: int) -> Stmt:
+                stmts: list[Stmt] = []
+                readers = self._readers(first, count, stmts, chunk)
+                stores = [column_sum(readers, s, partials[s.op.out], chunk) for s in steps]
+                stmts.append(row(self.columns, [], stores, lanes=self.lanes, unroll=1))
+                return seq(stmts)
+
+            return seq([self._each_column(clear), self._range_of(rows, chunk, i64(RANGES), some)])
+
+        ranges = loop(i64(RANGES), task, name="range", kind="parallel")
+        alloc = [tirx.AllocBuffer(buffer) for buffer in partials.values()]
+        return seq([*alloc, ranges, *(self._total(t, p) for t, p in partials.items())])
+
+    def _sampled(self, step: Step) -> Expr:
+        """Rows of the sample: the last leading axis is cut, the ones before it are not."""
+        if len(self.plan.lead_axes) != 1:
+            raise NotCanonical("a sample of several leading axes")
+        return step.sample
+
+    def _total(self, tensor: Tensor, partial: Any) -> Stmt:
+        whole = self.memory.locals[tensor]
+
+        def one(c: Expr) -> Stmt:
+            terms = [load(partial, plus(times(i64(k), self.columns), c)) for k in range(RANGES)]
+            while len(terms) > 1:
+                terms = [tirx.Add(*terms[k : k + 2]) for k in range(0, len(terms), 2)]
+            return tirx.BufferStore(whole, terms[0], [c])
+
+        return self._each_column(one)
+
+    # Values of the columns.
+
+    def _settle(self, steps: Sequence[Step]) -> Stmt:
+        if any(step.is_sum or step.op.out not in self.plan.per_slice for step in steps):
+            raise NotCanonical("a column's value that is not a map of others")
+
+        def one(c: Expr) -> Stmt:
+            at = Position().along(self.plan.slice_axes, c)
+            stmts = []
+            for step in steps:
+                value = evaluate(step.value, lambda t: self.memory.read(t, at, c))
+                stmts.append(tirx.BufferStore(self.memory.locals[step.op.out], value, [c]))
+            return seq(stmts)
+
+        return self._each_column(one)
+
+    def _keep(self, tensors: list[Tensor], c: Expr) -> Stmt:
+        at = Position().along(self.plan.slice_axes, c)
+        return seq(
+            [
+                self.frame.request_store(
+                    t, load(self.memory.locals[t], c), offset(t, at, self.extents)
+                )
+                for t in tensors
+            ]
+        )
+
+    def _each_column(self, body: Callable[[Expr], Stmt]) -> Stmt:
+        vectors = floordiv(self.columns, self.lanes)
+
+        def vector(k: Expr) -> Stmt:
+            base = times(k, i64(self.lanes))
+            return vector_loop(self.lanes, lambda lane: body(plus(base, lane)))
+
+        done = times(vectors, i64(self.lanes))
+        rest = loop(modulo(self.columns, self.lanes), lambda k: body(plus(done, k)), name="column")
+        return seq([loop(vectors, vector, name="vector"), rest])
+
+    # Outputs.
+
+    def _output(self, step: Step, *, add: bool = False) -> Stmt:
+        ranges = i64(4 * RANGES)
+
+        def task(chunk: Expr) -> Stmt:
+            def some(first: Expr, count: int) -> Stmt:
+                stmts: list[Stmt] = []
+                readers = self._readers(first, count, stmts, chunk)
+                stores = [reader.output(step, add) for reader in readers]
+                return seq([*stmts, self._rows(stores)])
+
+            work = self._range_of(self.rows, chunk, ranges, some)
+            return work if add else seq([work, when(self.large, self.streaming.fence())])
+
+        return loop(ranges, task, name="range", kind="parallel")
+
+    def _rows(self, stores: list[RowStore]) -> Stmt:
+        cached = row(self.columns, [], stores, lanes=self.lanes, unroll=1)
+        if any(s.stream is None for s in stores):
+            return cached
+        streamed = streamed_row(
+            self.columns, stores, lanes=self.lanes, unroll=1, streaming=self.streaming
+        )
+        # Rows of one alignment.
+        whole = tirx.EQ(modulo(self.columns, self.lanes), i64(0))
+        long = tirx.GE(self.columns, i64(_STREAMED_ROW))
+        return when(tirx.And(self.large, tirx.And(long, whole)), streamed, cached)
+
+    # Rows.
+
+    def _readers(self, first: Expr, count: int, before: list[Stmt], chunk: Expr) -> list[RowReader]:
+        self.memory.block = self._block(chunk)
+        return [
+            RowReader(
+                self.memory,
+                Position().along(self.plan.lead_axes, plus(first, i64(k))),
+                self.plan.slice_axes,
+                None,
+                before,
+                start=i64(0),
+            )
+            for k in range(count)
+        ]
+
+    def _range_of(
+        self, rows: Expr, chunk: Expr, ranges: Expr, some: Callable[[Expr, int], Stmt]
+    ) -> Stmt:
+        """The rows of one of `ranges` equal ranges: in fours, then the rest one by one."""
+        stmts: list[Stmt] = []
+        first = bind("first", tirx.FloorDiv(times(chunk, rows), ranges), stmts)
+        last = bind("last", tirx.FloorDiv(times(plus(chunk, i64(1)), rows), ranges), stmts)
+        fours = bind("fours", floordiv(tirx.Sub(last, first), _ROWS), stmts)
+        rest = bind("rest", plus(first, times(fours, i64(_ROWS))), stmts)
+        stmts.append(
+            loop(fours, lambda k: some(plus(first, times(k, i64(_ROWS))), _ROWS), name="rows")
+        )
+        stmts.append(loop(tirx.Sub(last, rest), lambda k: some(plus(rest, k), 1), name="row"))
+        return seq(stmts)
