@@ -61,7 +61,10 @@ class Adapter(Protocol):
         """
 
     def empty(self, shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
-        """New arrays of native dtypes."""
+        """New arrays of native dtypes, none of them large."""
+
+    def empty_large(self, shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
+        """New arrays of native dtypes, the large ones in the memory of `output_pool`."""
 
     def has_zero(self, array: Any) -> bool:
         """Whether an array that passed `ready` may hold a zero."""
@@ -76,7 +79,7 @@ class Adapter(Protocol):
         """What the kernel call takes for an array without a defect; nothing is copied."""
 
     def allocate(self, shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
-        """A new array for an output."""
+        """A new array for an output; a large one in the memory of `output_pool`."""
 
     def scalar(self, value: float, dtype: str) -> Any:
         """A new array of rank 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime import dlpack, empty, rules
 from normgraph.runtime.adapters import Adapter, View, adapter_for_call
-from normgraph.runtime.numpy_call import plain_call
+from normgraph.runtime.numpy_call import Plan, plain_call
 from normgraph.runtime.options import GradReq, Selection, Want, check_out, freeze, select
+from normgraph.runtime.output_pool import LARGE
 from normgraph.runtime.overlap import check_overlap
 from normgraph.runtime.signature import Shape, Signature, TensorSpec
 from normgraph.spec import NormSpec
@@ -28,6 +30,7 @@ class _Fast:
         self.ready = adapter.ready
         self.writable = adapter.writable
         self.empty = adapter.empty
+        self.empty_large = adapter.empty_large
         self.has_zero = adapter.has_zero
         self.scalar = adapter.scalar
         self.written = adapter.written if adapter.notes_writes else None
@@ -64,7 +67,7 @@ class Call:
         self._gamma = -1
         if signature.kind == "backward_from_output":
             self._gamma = _index(signature, "gamma")
-        self._plans: dict[tuple[Shape, ...], tuple[Shape, ...]] = {}
+        self._plans: dict[tuple[Shape, ...], Plan] = {}
         self._fast: dict[type, _Fast] = {}
         # Kernels do not touch an output that is not requested; any memory of its rank will do.
         self._placeholders = [
@@ -123,9 +126,9 @@ class Call:
                 args = (*args[:-1], fast.scalar(args[-1], self.signature.inputs[-1].dtype))
             ready = fast.ready(args, fast.inputs)
             if ready is not None:
-                shapes = self._plans.get(ready[0])
-                if shapes is not None:
-                    result = self._short(fast, args, ready[1], shapes, selection, out)
+                plan = self._plans.get(ready[0])
+                if plan is not None:
+                    result = self._short(fast, args, ready[1], plan, selection, out)
                     if result is not None:
                         return result
         return self._full(args, selection, out, copy)
@@ -151,25 +154,27 @@ class Call:
         fast: _Fast,
         args: tuple[Any, ...],
         owned: bool,
-        shapes: tuple[Shape, ...],
+        plan: Plan,
         selection: Selection,
         out: Any,
     ) -> Any:
         """The call for arrays and shapes known to be good; None leaves it to the full path."""
         if self._gamma >= 0 and fast.has_zero(args[self._gamma]):
             return None
+        shapes, large = plan
+        make = fast.empty_large if large else fast.empty
         if out is not None:
-            buffers = self._given(fast, args, owned, shapes, selection, out)
+            buffers = self._given(fast, args, owned, shapes, selection, out, make)
             if buffers is None:
                 return None
         elif selection.added:
             return None
         elif selection is self._every:
-            buffers = fast.empty(shapes, fast.outputs)
+            buffers = make(shapes, fast.outputs)
         else:
             buffers = self._placeholders.copy()
             for index in selection.wanted:
-                (buffers[index],) = fast.empty((shapes[index],), (fast.outputs[index],))
+                (buffers[index],) = make((shapes[index],), (fast.outputs[index],))
         self._function(*args, *buffers, selection.request)
         if fast.written is not None and out is not None:
             fast.written(out.values())
@@ -187,6 +192,7 @@ class Call:
         shapes: tuple[Shape, ...],
         selection: Selection,
         out: Any,
+        make: Callable[..., list[Any]],
     ) -> list[Any] | None:
         """The kernel's outputs where some are the caller's; None leaves it to the full path."""
         if type(out) is not dict:
@@ -212,7 +218,7 @@ class Call:
             elif index in selection.added:
                 return None
             else:
-                (buffers[index],) = fast.empty((shapes[index],), (fast.outputs[index],))
+                (buffers[index],) = make((shapes[index],), (fast.outputs[index],))
         return None if left else buffers
 
     def _full(
@@ -236,7 +242,7 @@ class Call:
             shapes = signature.output_shapes(input_shapes)
             rules.check_enough_values(self._spec, signature, input_shapes)
         else:
-            shapes = known
+            shapes = known[0]
         views = [
             self._usable(adapter, spec, view, copy)
             for spec, view in zip(signature.inputs, views, strict=True)
@@ -290,7 +296,11 @@ class Call:
             self._fast[kind] = _Fast(adapter, self.signature)
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        self._plans[input_shapes] = shapes
+        large = any(
+            prod(shape) * placeholder.dtype.itemsize >= LARGE
+            for shape, placeholder in zip(shapes, self._placeholders, strict=True)
+        )
+        self._plans[input_shapes] = shapes, large
 
     def _bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """The inputs in order, from positional and keyword arguments."""

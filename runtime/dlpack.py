@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
+from normgraph.runtime.output_pool import pool
+
 AnyArray = npt.NDArray[Any]
 
 CPU = 1  # kDLCPU
@@ -81,8 +83,8 @@ def kernel_tensor(array: AnyArray, dtype: str) -> Any:
 
 
 def owned_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-    """A new tvm_ffi.Tensor of uninitialised memory."""
-    array: AnyArray = np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
+    """A new tvm_ffi.Tensor of uninitialised memory, in the pool's where it is large."""
+    array = pool.empty(shape, np.dtype("uint16" if dtype == "bfloat16" else dtype))
     if dtype == "bfloat16":
         return tvm_ffi.from_dlpack(_Capsule(array.__dlpack__(), _BFLOAT))
     return tvm_ffi.from_dlpack(array)

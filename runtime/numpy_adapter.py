@@ -13,6 +13,7 @@ from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime import dlpack
 from normgraph.runtime.adapters import View
 from normgraph.runtime.dlpack import AnyArray
+from normgraph.runtime.output_pool import pool
 from normgraph.runtime.signature import Shape
 
 noun = "numpy array"
@@ -62,6 +63,10 @@ def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
     return list(map(np.empty, shapes, dtypes))
 
 
+def empty_large(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
+    return list(map(pool.empty, shapes, dtypes))
+
+
 def has_zero(array: AnyArray) -> bool:
     return not array.all()
 
@@ -109,14 +114,15 @@ def kernel_argument(view_: View) -> Any:
 
 
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
-    found: Any = dtype
     if dtype == "bfloat16":
         found = next((item.array.dtype for item in inputs if item.dtype == dtype), None)
         if found is None:
             raise ArgumentError(
                 "a bfloat16 output without a bfloat16 input needs an array in out=."
             )
-    array = np.empty(shape, found)
+    else:
+        found = np.dtype(dtype)
+    array = pool.empty(shape, found)
     return View(array, shape, dtype, None, True, 0, array.nbytes)
 
 

@@ -16,19 +16,23 @@ from numpy import empty, ndarray
 
 from normgraph.runtime.numpy_adapter import OWNS, READY, native_dtypes
 from normgraph.runtime.options import Selection
+from normgraph.runtime.output_pool import pool
 from normgraph.runtime.signature import Shape, Signature
+
+# The outputs' shapes, and whether any of them is large enough for the pool.
+Plan = tuple[tuple[Shape, ...], bool]
 
 
 def plain_call(
     signature: Signature,
     kernel: Callable[..., Any],
     selection: Selection,
-    plans: Mapping[tuple[Shape, ...], tuple[Shape, ...]],
+    plans: Mapping[tuple[Shape, ...], Plan],
     general: Callable[..., Any],
 ) -> Callable[..., Any]:
     """`general` with a short way for the plain call.
 
-    `selection` writes every output; `plans` holds the output shapes for the input shapes that are
+    `selection` writes every output; `plans` holds what is to be made for the input shapes that are
     known to be right, and `general` adds to it.
     """
     arity = len(signature.inputs)
@@ -38,6 +42,7 @@ def plain_call(
     in_place = signature.in_place
     request, result = selection.request, selection.result
     new = tuple.__new__
+    pooled = pool.empty
     unsure = READY | OWNS
 
     @wraps(general)
@@ -64,20 +69,26 @@ def plain_call(
                 flags &= array.flags.num
                 sizes.append(array.shape)
             else:
-                shapes = plans.get(tuple(sizes))
-                if shapes is not None and flags & READY == READY and copy is True:
+                plan = plans.get(tuple(sizes))
+                if plan is not None and flags & READY == READY and copy is True:
                     buffers: list[Any] | None
+                    shapes, large = plan
+                    make = pooled if large else empty
                     if out is None:
-                        buffers = list(map(empty, shapes, outputs))
+                        buffers = list(map(make, shapes, outputs))
                     else:
-                        buffers = given(args, shapes, flags, out)
+                        buffers = given(args, shapes, flags, out, make)
                     if buffers is not None:
                         kernel(*args, *buffers, request)
                         return buffers[0] if result is None else new(result, buffers)
         return general(*args, out=out, want=want, grad_req=grad_req, copy=copy, **named)
 
     def given(
-        args: tuple[Any, ...], shapes: tuple[Shape, ...], flags: int, out: Any
+        args: tuple[Any, ...],
+        shapes: tuple[Shape, ...],
+        flags: int,
+        out: Any,
+        make: Callable[..., Any],
     ) -> list[Any] | None:
         """The outputs where the caller gave some; None where they are not beyond doubt."""
         if out.__class__ is not dict:
@@ -87,7 +98,7 @@ def plain_call(
         for name, shape, dtype, over in zip(names, shapes, outputs, in_place):  # noqa: B905
             array = out.get(name)
             if array is None:
-                buffers.append(empty(shape, dtype))
+                buffers.append(make(shape, dtype))
                 continue
             if array.__class__ is not ndarray or array.dtype is not dtype or array.shape != shape:
                 return None

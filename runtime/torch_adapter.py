@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
+
+import numpy as np
 
 from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime.adapters import View
 from normgraph.runtime.dlpack import AnyArray
+from normgraph.runtime.output_pool import LARGE, pool
 from normgraph.runtime.signature import Shape
 
 torch: Any = sys.modules["torch"]
@@ -17,6 +21,10 @@ noun = "torch tensor"
 notes_writes = True
 
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+# NumPy has no bfloat16, and what is not written yet may be of any type.
+_STORED = {
+    dtype: np.dtype("int16" if name == "bfloat16" else name) for name, dtype in _DTYPES.items()
+}
 
 
 def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
@@ -95,6 +103,19 @@ def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
     ]
 
 
+def empty_large(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
+    return [_empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def _empty(shape: Shape, dtype: Any) -> Any:
+    """A new tensor; a large one shows an array of the pool."""
+    if prod(shape) * dtype.itemsize < LARGE or not pool.limit:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    array = pool.empty(tuple(shape), _STORED[dtype])
+    tensor = torch.from_numpy(array)
+    return tensor if tensor.dtype is dtype else tensor.view(dtype)
+
+
 def has_zero(array: Any) -> bool:
     return not array.all().item()
 
@@ -149,7 +170,7 @@ def view(array: Any, where: str) -> View:
 
 
 def copy(view_: View) -> View:
-    dense = torch.empty(view_.shape, dtype=view_.array.dtype, device="cpu")
+    dense = _empty(view_.shape, view_.array.dtype)
     with torch.no_grad():
         dense.copy_(view_.array)  # resolves a lazy negation too
     return view(dense, "copy")
@@ -160,7 +181,7 @@ def kernel_argument(view_: View) -> Any:
 
 
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
-    tensor = torch.empty(shape, dtype=_DTYPES[dtype], device="cpu")
+    tensor = _empty(shape, _DTYPES[dtype])
     return View(tensor, shape, dtype, None, True, 0, tensor.nbytes)
 
 
