@@ -8,6 +8,16 @@ from __future__ import annotations
 
 from normgraph.runtime.call import Call
 from normgraph.runtime.operator import Operator, load
+from normgraph.runtime.output_pool import OutputPool, PoolStats, pool
 from normgraph.runtime.signature import Signature, TensorSpec
 
-__all__ = ["Call", "Operator", "Signature", "TensorSpec", "load"]
+__all__ = [
+    "Call",
+    "Operator",
+    "OutputPool",
+    "PoolStats",
+    "Signature",
+    "TensorSpec",
+    "load",
+    "pool",
+]

@@ -13,7 +13,7 @@ from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime import dlpack
 from normgraph.runtime.adapters import View
 from normgraph.runtime.dlpack import AnyArray
-from normgraph.runtime.output_pool import pool
+from normgraph.runtime.output_pool import Lease, pool
 from normgraph.runtime.signature import Shape
 
 noun = "numpy array"
@@ -41,7 +41,7 @@ def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ..
         shapes.append(array.shape)
     if common & READY != READY:
         return None
-    return tuple(shapes), common & OWNS != 0
+    return tuple(shapes), common & OWNS != 0 or owner_count(arrays) > 0
 
 
 def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned: bool) -> bool:
@@ -50,13 +50,29 @@ def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned:
     flags = array.flags.num
     if flags & READY != READY:
         return False
-    if owned and flags & OWNS:
+    if owned and not flags & OWNS:
+        return owner_count((array, *others)) == 1 + len(others)
+    if owned:
         # Arrays that each own their memory share none, unless they are one array.
         for other in others:  # noqa: SIM110  # a generator would double the cost of this check
             if other is array:
                 return False
         return True
     return not any(np.may_share_memory(array, other) for other in others)
+
+
+def owner_count(arrays: Iterable[Any]) -> int:
+    """How many pieces of memory these arrays have, where each has all of its piece; else 0."""
+    owners = set()
+    for array in arrays:
+        if array.flags.num & OWNS:
+            owners.add(id(array))
+        else:
+            base = array.base
+            if base.__class__ is not Lease:
+                return 0
+            owners.add(id(base))
+    return len(owners)
 
 
 def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
@@ -106,7 +122,9 @@ def view(array: Any, where: str) -> View:
 
 
 def copy(view_: View) -> View:
-    return view(np.array(view_.array, order="C", copy=True, subok=False), "copy")
+    dense = pool.empty(view_.shape, view_.array.dtype)
+    np.copyto(dense, view_.array)
+    return view(dense, "copy")
 
 
 def kernel_argument(view_: View) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy import empty, ndarray
 
-from normgraph.runtime.numpy_adapter import OWNS, READY, native_dtypes
+from normgraph.runtime.numpy_adapter import OWNS, READY, native_dtypes, owner_count
 from normgraph.runtime.options import Selection
 from normgraph.runtime.output_pool import pool
 from normgraph.runtime.signature import Shape, Signature
@@ -114,7 +114,13 @@ def plain_call(
                     return None
             buffers.append(array)
             left -= 1
-        return buffers if left == 0 and flags == unsure else None
+        if left or flags & READY != READY:
+            return None
+        if flags != unsure:
+            distinct = {id(array): array for array in (*args, *buffers)}
+            if owner_count(distinct.values()) < len(distinct):
+                return None
+        return buffers
 
     call.__name__ = call.__qualname__ = signature.kind
     call.__doc__ = f"{signature}\n\n{inspect.getdoc(general)}"

@@ -12,6 +12,7 @@ import tvm_ffi
 from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, SpecError
 from normgraph.runtime.artifact import Artifact, open_artifact
 from normgraph.runtime.call import Call
+from normgraph.runtime.output_pool import pool
 from normgraph.runtime.selftest import SelfTestResult, run_self_test
 from normgraph.runtime.signature import Signature
 from normgraph.spec import NormSpec
@@ -130,6 +131,7 @@ def load(path: str | os.PathLike[str]) -> Operator:
     was written, ArtifactIncompatible where this host or this version cannot run it. A build that
     could not run its own self-test leaves it to be run here: AccuracyError where it fails.
     """
+    pool.limit  # noqa: B018  # a wrong value in the environment is told of here, not by some call
     artifact = open_artifact(path)
     while True:
         try:

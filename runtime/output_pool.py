@@ -5,14 +5,14 @@ fault one by one when a kernel writes them, which costs several times the kernel
 lie in anonymous mappings (`mmap`) that the process keeps: when the last array, view or tensor over
 a mapping is gone, it waits for the next output of its size.
 
-- An array's base is a `_Lease`, which owns the memory for this one output. Whatever shows the
+- An array's base is a `Lease`, which owns the memory for this one output. Whatever shows the
   memory (views, memoryviews, DLPack consumers, tensors) holds the array or the lease, and the
   lease's `__del__` gives the mapping back.
 - Mappings come in eight sizes to a doubling, so an output wastes less than an eighth.
 - The garbage collector may drop arrays at any point of any thread, also inside of these methods.
   So they take no lock: every step is one operation on a deque or a dict, which Python makes atomic,
   and what is cached is counted when it matters instead of being kept count of.
-- Mappings of `HUGE` bytes and more start at a huge page, and the system is asked to use those.
+- Mappings that a huge page fits in begin with one, and the system is asked to use them.
 - Nothing is cleared: an output holds what its memory held last until the kernel writes it, as it
   does in fresh memory of the C library.
 """
@@ -35,9 +35,8 @@ from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime.memory_size import memory_size
 
 VARIABLE = "NORMGRAPH_POOL_BYTES"
-# From here on the C library takes memory from the system anew and the faults outweigh the pool.
-LARGE = 256 * 1024
-HUGE = 4 * 1024 * 1024
+# glibc maps what is so large instead of taking it from its heap, until it has seen some freed.
+LARGE = 128 * 1024
 _HUGE_PAGE = 2 * 1024 * 1024
 _PAGE_BITS = 12
 # By default an eighth of the memory may be cached, but no more than this.
@@ -58,7 +57,7 @@ class _Block:
     __slots__ = ("address", "given", "memory", "size")
 
     def __init__(self, size: int) -> None:
-        huge = size >= HUGE
+        huge = size >= _HUGE_PAGE
         # Private: in a child process writing must not show through. Python's default is shared.
         self.memory = mmap.mmap(
             -1,
@@ -75,7 +74,7 @@ class _Block:
         self.given = 0  # when it was last given back, by the pool's clock
 
 
-class _Lease:
+class Lease:
     """What an output in pooled memory has for its base: gives the block back when it goes."""
 
     __slots__ = ("__array_interface__", "_block", "_pool")
@@ -97,7 +96,7 @@ class _Lease:
 class OutputPool:
     """The memory of large outputs that a call allocates, kept for the next ones.
 
-    `normgraph.pool` is the one that calls use. Outputs of at least 256 KiB lie in it; it keeps up
+    `normgraph.pool` is the one that calls use. Outputs of at least 128 KiB lie in it; it keeps up
     to `limit` bytes that nobody uses, and returns the rest to the system, what was unused longest
     first. The limit is the environment variable NORMGRAPH_POOL_BYTES, a number of bytes; by default
     an eighth of the memory this process may have, 4 GiB at most. 0 turns the pool off.
@@ -166,7 +165,7 @@ class OutputPool:
         block = self._take(size)
         if block is None:
             return np.empty(shape, dtype)  # or NumPy's own MemoryError
-        lease = _Lease(self, block, shape, dtype.str)
+        lease = Lease(self, block, shape, dtype.str)
         self._used[id(block)] = block.size
         array: npt.NDArray[Any] = np.asarray(lease)
         return array if array.dtype is dtype else array.view(dtype)

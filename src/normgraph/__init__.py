@@ -11,19 +11,30 @@ from normgraph.host import check_host
 if TYPE_CHECKING:
     from normgraph import compile, errors, graphs, runtime  # noqa: A004
     from normgraph.api import build
-    from normgraph.runtime import load
+    from normgraph.runtime import load, pool
     from normgraph.spec import NormSpec
 
 check_host()
 
 __version__ = "0.1.0"
-__all__ = ["NormGraphError", "NormSpec", "build", "compile", "errors", "graphs", "load", "runtime"]
+__all__ = [
+    "NormGraphError",
+    "NormSpec",
+    "build",
+    "compile",
+    "errors",
+    "graphs",
+    "load",
+    "pool",
+    "runtime",
+]
 
 # Resolved on first use, so that loading an artifact imports neither onnx nor the compiler.
 _LAZY = {
     "NormSpec": ("normgraph.spec", "NormSpec"),
     "build": ("normgraph.api", "build"),
     "load": ("normgraph.runtime", "load"),
+    "pool": ("normgraph.runtime", "pool"),
     "compile": ("normgraph.compile", None),
     "graphs": ("normgraph.graphs", None),
     "runtime": ("normgraph.runtime", None),

@@ -79,7 +79,8 @@ def test_what_is_not_wanted_is_not_allocated(
 
     monkeypatch.setattr(np, "empty", spy)
     op.backward(dy, x, *rest, want="dgamma")  # the short path
-    op.backward(dy[:, :, ::2], x[:, :, ::2], *rest, want="dgamma")  # the full path
+    dy.flags.writeable = False
+    op.backward(dy, x, *rest, want="dgamma")  # the full path
     assert shapes == [(3,), (3,)]
 
 
