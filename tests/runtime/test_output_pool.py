@@ -210,6 +210,17 @@ def test_what_was_unused_longest_goes_first(pool: OutputPool) -> None:
     del again
 
 
+def test_what_was_used_last_comes_first(pool: OutputPool) -> None:
+    pool.limit = 2 * MB
+    arrays: list[Any] = [pool.empty((MB,), BYTES) for _ in range(4)]
+    places = [address(array) for array in arrays]
+    for index in (2, 0, 3, 1):
+        arrays[index] = None
+    again = [pool.empty((MB,), BYTES) for _ in range(2)]
+    assert [address(array) for array in again] == [places[1], places[3]]
+    assert pool.stats().cached == 0
+
+
 def test_more_than_the_limit_is_returned_at_once(pool: OutputPool) -> None:
     small = pool.empty((MB,), BYTES)
     del small
