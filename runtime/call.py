@@ -94,7 +94,7 @@ class Call:
                 writable, of the same kind as the inputs, and share memory with no other argument.
                 One exception: new_running_mean and new_running_var may be exactly running_mean
                 and running_var, which then are updated in place (not with "add"). The others are
-                allocated.
+                allocated, large ones in the memory of `normgraph.pool`.
             want: the outputs to compute, a name or several; the others are neither computed,
                 allocated nor written, and are not in the result. The result keeps the table's
                 order. By default all whose grad_req is not "null".

@@ -3,7 +3,13 @@
 What a call allocates and the caller drops would go back to the system and come again as pages that
 fault one by one when a kernel writes them, which costs several times the kernel. So large outputs
 lie in anonymous mappings (`mmap`) that the process keeps: when the last array, view or tensor over
-a mapping is gone, it waits for the next output of its size.
+a mapping is gone, it waits for the next output of its size. Forward of instance_norm at
+(32, 128, 56, 56) in float32 on two cores, milliseconds:
+
+    given outputs                       4.2
+    fresh, from the C library (torch)  31
+    fresh, from NumPy (huge pages)      7.9
+    fresh, from here                    4.3
 
 - An array's base is a `Lease`, which owns the memory for this one output. Whatever shows the
   memory (views, memoryviews, DLPack consumers, tensors) holds the array or the lease, and the
@@ -11,9 +17,9 @@ a mapping is gone, it waits for the next output of its size.
 - Mappings come in eight sizes to a doubling, so an output wastes less than an eighth.
 - The garbage collector may drop arrays at any point of any thread, also inside of these methods.
   So they take no lock: every step is one operation on a deque or a dict, which Python makes atomic,
-  and what is cached is counted when it matters instead of being kept count of.
+  and what is cached is counted anew each time, which is exact and takes about a microsecond.
 - Mappings that a huge page fits in begin with one, and the system is asked to use them.
-- Nothing is cleared: an output holds what its memory held last until the kernel writes it, as it
+- Nothing is zeroed: an output holds what its memory held last until the kernel writes it, as it
   does in fresh memory of the C library.
 """
 
@@ -110,8 +116,6 @@ class OutputPool:
         self._limit: int | None = None
         self._free: dict[int, deque[_Block]] = {}  # by size, the last one given back on the right
         self._used: dict[int, int] = {}  # size by id of block
-        # What may be given back before the cached bytes have to be counted: at most what is free.
-        self._room = 0
         self._clock = itertools.count()
 
     def __repr__(self) -> str:
@@ -181,9 +185,7 @@ class OutputPool:
         if line is None:
             line = self._free.setdefault(size, deque())
         line.append(block)
-        self._room -= size
-        if self._room < 0:
-            self._trim()
+        self._trim()
 
     def _take(self, size: int) -> _Block | None:
         """A block of this size, or None where the system has no memory for one."""
@@ -201,16 +203,17 @@ class OutputPool:
         return None
 
     def _cached(self) -> int:
-        return sum(size * len(self._free.get(size, ())) for size in list(self._free))
+        total = 0
+        for size, line in self._free.copy().items():
+            total += size * len(line)
+        return total
 
     def _trim(self) -> None:
         """Drop the blocks that were given back longest ago until no more than `limit` is cached."""
-        while (room := self.limit - self._cached()) < 0:
-            lines = [self._free.get(size, deque()) for size in list(self._free)]
+        while self._cached() > self.limit:
             # Where another thread takes what was there, count again.
             with suppress(IndexError, ValueError):
-                min((line for line in lines if line), key=_since).popleft()
-        self._room = room
+                min(filter(None, self._free.copy().values()), key=_since).popleft()
 
 
 def _since(line: deque[_Block]) -> int:
