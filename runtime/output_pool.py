@@ -135,6 +135,7 @@ class OutputPool:
 
     @limit.setter
     def limit(self, limit: int) -> None:
+        """What is cached beyond the new limit goes back to the system at once."""
         if not isinstance(limit, int) or isinstance(limit, bool):
             raise ArgumentTypeError(
                 f"the pool's limit must be an int, a number of bytes, but it is {limit!r}."
