@@ -74,7 +74,7 @@ class _Block:
         skipped = -start % _HUGE_PAGE if huge else 0
         if huge:
             with suppress(OSError):  # there are systems without huge pages
-                self.memory.madvise(mmap.MADV_HUGEPAGE, skipped, size)
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.address = start + skipped
         self.size = size
         self.given = 0  # when it was last given back, by the pool's clock
@@ -97,6 +97,13 @@ class Lease:
 
     def __del__(self) -> None:
         self._pool.give(self._block)
+
+    def __reduce__(self) -> Any:
+        """Refused: a copy would give the block back a second time."""
+        raise ArgumentTypeError(
+            "the base of an output owns its memory and cannot be copied or pickled. Copy or pickle"
+            " the output itself."
+        )
 
 
 class OutputPool:

@@ -78,6 +78,16 @@ def test_arrays_are_like_any_other(pool: OutputPool, dtype: str, shape: tuple[in
     np.testing.assert_array_equal(again, array)
     assert not np.shares_memory(again, array)
     assert copy.deepcopy(array).flags.owndata
+    with pytest.raises(ValueError, match="does not own its data"):
+        array.resize((2, *shape))
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_memory_has_one_owner(pool: OutputPool, twin: Callable[[Any], Any]) -> None:
+    array = pool.empty((MB,), BYTES)
+    with pytest.raises(ArgumentTypeError, match="cannot be copied or pickled"):
+        twin(array.base)
+    assert pool.stats().in_use == MB
 
 
 def test_bfloat16_of_ml_dtypes(pool: OutputPool) -> None:

@@ -144,6 +144,8 @@ def test_tensors_are_like_any_other(call: Callable[..., Any]) -> None:
     np.testing.assert_array_equal(y.numpy(), right + 1)
     y.resize_(2, 3, 5)
     assert y.shape == (2, 3, 5)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        call().resize_(5, 3, LENGTH)
 
 
 def test_autograd_over_a_pooled_result(call: Callable[..., Any]) -> None:
