@@ -114,9 +114,11 @@ def plain_call(
                     return None
             buffers.append(array)
             left -= 1
-        if left or flags & READY != READY:
+        if left:
             return None
         if flags != unsure:
+            if flags & READY != READY:
+                return None
             distinct = {id(array): array for array in (*args, *buffers)}
             if owner_count(distinct.values()) < len(distinct):
                 return None
