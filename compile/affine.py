@@ -90,16 +90,21 @@ def _product(left: Node, right: Node, varies: Varies) -> _Sum:
 
 
 def _written(parts: _Sum) -> Node:
-    """The sum as a chain of multiply-adds around the constant."""
+    """The sum as a chain of multiply-adds, the constant last.
+
+    So dx of a slice of one element is zero exactly: dy scale and the constant, which is -dy scale,
+    are both rounded.
+    """
     factored = _shared_operand(parts)
     if factored is not None:
         return factored
-    value = parts.constant
-    for coefficient, term in reversed(parts.terms):
+    value: Node | None = None
+    for coefficient, term in parts.terms:
         product = term if coefficient is None else _times(term, coefficient)
-        value = product if value is None else Apply(tirx.Add, (product, value))
-    assert value is not None
-    return value
+        value = product if value is None else Apply(tirx.Add, (value, product))
+    whole = _plus(value, parts.constant)
+    assert whole is not None
+    return whole
 
 
 def _shared_operand(parts: _Sum) -> Node | None:
