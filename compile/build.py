@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from normgraph import __version__
 from normgraph.compile import graph_files, link, pipeline, self_test, vectors
 from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, Writer, writing
 from normgraph.compile.graph_files import Graph
-from normgraph.compile.targets import Target, resolve
+from normgraph.compile.targets import Target, resolve_all
 from normgraph.compile.vectors import Case, Port
 from normgraph.errors import CompileError
 
@@ -31,9 +32,24 @@ _ONE_AT_A_TIME = threading.Lock()
 _MOST_TESTED = 2**25
 
 
+@dataclass(frozen=True)
+class Library:
+    """What was compiled for one target.
+
+    suffix: .so, or .o where the target's linker is not here. rules: the schedule rule of each
+    kind. self_test: "passed", or "not run" where this machine does not run the target.
+    """
+
+    target: Target
+    suffix: str
+    content: bytes
+    rules: Mapping[str, str]
+    self_test: str
+
+
 def build(
     src: str | os.PathLike[str],
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     out: str | os.PathLike[str] = "build/artifact",
     *,
     debug_dump: str | os.PathLike[str] | None = None,
@@ -43,12 +59,15 @@ def build(
     """Compile a directory of exported graphs into an artifact directory; returns its path.
 
     src: holds `<kind>.onnx` files from `graphs.export`, all of one spec, shape and dtype.
-    target: a name from `targets()`, or a CPU as LLVM names it.
+    target: a name from `targets()`, a CPU as LLVM names it, a name from `target_groups()`, or
+    several of these. The artifact gets a library for each target; a host loads the one of those it
+    runs that uses the most of it.
     out: the artifact's directory; an artifact that is there is replaced in one step.
-    debug_dump: a directory for the IR after each step up to the machine code.
+    debug_dump: a directory for the IR after each step up to the machine code; of several targets,
+    each has a directory in it.
     progress: called with a line per step.
-    self_test: run the kernels on vectors with float64 answers before anything is written, where
-    this machine can run the target; the vectors travel with the artifact. False leaves them out, as
+    self_test: run the kernels on vectors with float64 answers before anything is written, for each
+    target this machine can run; the vectors travel with the artifact. False leaves them out, as
     do static shapes of more than 2**25 elements.
 
     Raises ArtifactNotFound where src has no graphs; TargetError for an unknown target; ToolMissing
@@ -56,11 +75,21 @@ def build(
     normgraph, gives wrong results, or where out cannot be written.
     """
     say = progress or (lambda message: None)
-    goal = resolve(target)
+    goals = resolve_all(target)
     _check_out(Path(src), Path(out))
     graphs = graph_files.read(Path(src))
     with _ONE_AT_A_TIME:
-        return _build(graphs, goal, Path(out), debug_dump, say, self_test)
+        cases = _cases(graphs, say) if self_test else []
+        libraries = []
+        for goal in goals:
+            folder = None if debug_dump is None else Path(debug_dump)
+            if folder is not None and len(goals) > 1:
+                folder /= goal.name
+            libraries.append(_library(graphs, goal, cases, pipeline.Dump(folder), say))
+        with writing(Path(out)) as writer:
+            _write(writer, graphs, libraries, cases)
+    say(f"wrote {Path(out)}")
+    return Path(out)
 
 
 def _check_out(src: Path, out: Path) -> None:
@@ -74,43 +103,38 @@ def _check_out(src: Path, out: Path) -> None:
         )
 
 
-def _build(
+def _library(
     graphs: Sequence[Graph],
     goal: Target,
-    out: Path,
-    debug_dump: str | os.PathLike[str] | None,
+    cases: Sequence[Case],
+    dump: pipeline.Dump,
     say: Callable[[str], None],
-    self_test: bool,
-) -> Path:
-    dump = pipeline.Dump(None if debug_dump is None else Path(debug_dump))
+) -> Library:
+    """Steps 1 to 8 for one target, and the self-test where this machine runs it.
+
+    Of the time, nearly all goes into step 7, so the steps that every target has in common are done
+    for each.
+    """
     scheduled = {}
     for graph in graphs:
         say(f"{graph.kind}: schedule for {goal.name}")
         scheduled[graph.kind] = pipeline.schedule(graph.kind, graph.model, goal, dump, say)
     with tempfile.TemporaryDirectory(prefix="normgraph-") as folder:
-        say("generate code and link")
-        binary = _library(scheduled, goal, Path(folder), dump)
-        cases = _cases(graphs, say) if self_test else []
+        say(f"generate code for {goal.name} and link")
+        binary = Path(folder, "kernels.o")
+        pipeline.generate(scheduled, goal, binary, dump)
+        library = Path(folder, "kernels.so")
+        if link.link(binary, library, goal):
+            binary = library
+        else:
+            say(f"no linker for {goal.name} here: the artifact gets an object file, to be linked")
         status = "not run"
-        if cases and goal.runs_here and binary.suffix == ".so":
-            say("self-test")
-            _check(binary, cases, graphs)
+        if cases and goal.runs_here and binary is library:
+            say(f"self-test of {goal.name}")
+            self_test.run(library, cases, {graph.kind: graph.outputs for graph in graphs})
             status = "passed"
-        content = binary.read_bytes()
-    with writing(out) as writer:
-        _write(writer, graphs, scheduled, goal, binary.suffix, content, cases, status)
-    say(f"wrote {out}")
-    return out
-
-
-def _library(
-    scheduled: Mapping[str, pipeline.Scheduled], target: Target, folder: Path, dump: pipeline.Dump
-) -> Path:
-    """The linked library, or the object file where the target's linker is not here."""
-    object_file = folder / "kernels.o"
-    pipeline.generate(scheduled, target, object_file, dump)
-    library = folder / "kernels.so"
-    return library if link.link(object_file, library, target) else object_file
+        rules = {kind: each.rule for kind, each in scheduled.items()}
+        return Library(goal, binary.suffix, binary.read_bytes(), rules, status)
 
 
 def _cases(graphs: Sequence[Graph], say: Callable[[str], None]) -> list[Case]:
@@ -121,19 +145,11 @@ def _cases(graphs: Sequence[Graph], say: Callable[[str], None]) -> list[Case]:
     return [c for g in graphs for c in vectors.cases(g.spec, g.kind, g.inputs, g.outputs)]
 
 
-def _check(library: Path, cases: Sequence[Case], graphs: Sequence[Graph]) -> None:
-    self_test.run(library, cases, {graph.kind: graph.outputs for graph in graphs})
-
-
 def _write(
     writer: Writer,
     graphs: Sequence[Graph],
-    scheduled: Mapping[str, pipeline.Scheduled],
-    target: Target,
-    suffix: str,
-    library: bytes,
+    libraries: Sequence[Library],
     cases: Sequence[Case],
-    status: str,
 ) -> None:
     kinds = {
         graph.kind: {
@@ -141,16 +157,9 @@ def _write(
             "graph": writer.add(f"graph-{graph.kind}", ".onnx", graph.content),
             "inputs": [_entry(port) for port in graph.inputs],
             "outputs": [_entry(port) for port in graph.outputs],
-            "rule": scheduled[graph.kind].rule,
+            "rule": ", ".join(dict.fromkeys(each.rules[graph.kind] for each in libraries)),
         }
         for graph in graphs
-    }
-    described = {
-        "name": target.name,
-        "kind": target.kind,
-        "triple": target.triple,
-        "mcpu": target.mcpu,
-        "features": list(target.features),
     }
     meta = graphs[0].meta
     writer.commit(
@@ -162,16 +171,10 @@ def _write(
             "shape": json.loads(meta["normgraph.shape"]),
             "dtype": meta["normgraph.dtype"],
             "kinds": kinds,
-            "libraries": [
-                {
-                    **writer.add(f"kernels-{target.name}", suffix, library),
-                    "form": "library" if suffix == ".so" else "object",
-                    "target": described,
-                }
-            ],
+            "libraries": [_described(each, writer) for each in libraries],
             "self_test": {
                 **writer.add("selftest", ".npz", _vectors(cases)),
-                "status": status,
+                "status": _status(libraries),
                 "cases": [case.entry() for case in cases],
             },
             "versions": {
@@ -181,6 +184,27 @@ def _write(
             },
         }
     )
+
+
+def _status(libraries: Sequence[Library]) -> str:
+    """Of all libraries together."""
+    return "passed" if all(each.self_test == "passed" for each in libraries) else "not run"
+
+
+def _described(library: Library, writer: Writer) -> dict[str, Any]:
+    target = library.target
+    return {
+        **writer.add(f"kernels-{target.name}", library.suffix, library.content),
+        "form": "library" if library.suffix == ".so" else "object",
+        "self_test": library.self_test,
+        "target": {
+            "name": target.name,
+            "kind": target.kind,
+            "triple": target.triple,
+            "mcpu": target.mcpu,
+            "features": list(target.features),
+        },
+    }
 
 
 def _entry(port: Port) -> dict[str, Any]:

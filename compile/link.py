@@ -37,8 +37,10 @@ def link(object_file: Path, library: Path, target: Target) -> bool:
             f"linking needs a C compiler, and none of $CC, {', '.join(_NATIVE)} is on the PATH. "
             "Install one (Debian: apt-get install gcc)."
         )
-    command = [tool, "-shared", "-fPIC", "-O2", "-s", "-o", str(library), str(object_file)]
-    command += [str(STUBS), "-lm"]
+    # -Bsymbolic: a library calls its own conversions of half types, whatever else in the process
+    # has functions of the same names.
+    command = [tool, "-shared", "-fPIC", "-O2", "-s", "-Wl,-Bsymbolic", "-o", str(library)]
+    command += [str(object_file), str(STUBS), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompileError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tvm
 from tvm.target import codegen
 
-from normgraph.cpu import cpu_flags, has_feature, machine
+from normgraph.cpu import LEVELS, cpu_flags, has_feature, machine, vector_bytes
 from normgraph.errors import TargetError
 
 # Instruction sets that generated code may use, as LLVM names them. Features of tuning and of the
@@ -52,9 +53,7 @@ class Target:
     @property
     def vector_bytes(self) -> int:
         """The size of a vector register."""
-        if "avx512f" in self.features:
-            return 64
-        return 32 if "avx" in self.features else 16
+        return vector_bytes(self.features)
 
     @property
     def runs_here(self) -> bool:
@@ -82,6 +81,7 @@ _NAMED = {
     "aarch64": ("64-bit Arm with NEON; a library where a cross linker is found, else an object",
                 _ARM_TRIPLE, "generic"),
 }  # fmt: skip
+_GROUPS = {"x86-64-levels": tuple(LEVELS["x86_64"])}
 
 
 def targets() -> list[Target]:
@@ -94,6 +94,34 @@ def known_targets() -> list[str]:
     return list(_NAMED)
 
 
+def target_groups() -> dict[str, tuple[str, ...]]:
+    """The names that stand for several targets, and those targets."""
+    return dict(_GROUPS)
+
+
+def resolve_all(names: str | Sequence[str]) -> tuple[Target, ...]:
+    """The targets of one name or of several, a group's name taken for all of its targets.
+
+    A target that is named twice comes once. Raises TargetError as `resolve` does, and for none.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        names = (names,)
+    single = [each for name in names for each in _expanded(name)]
+    if not single:
+        raise TargetError(
+            f"target: expected at least one name, got none. Known targets: {_known()}."
+        )
+    return tuple(resolve(name) for name in dict.fromkeys(single))
+
+
+def _expanded(name: object) -> tuple[Any, ...]:
+    return _GROUPS.get(name, (name,)) if isinstance(name, str) else (name,)
+
+
+def _known() -> str:
+    return ", ".join((*_NAMED, *_GROUPS))
+
+
 def resolve(name: str) -> Target:
     """The target of that name: one of `known_targets()`, or a CPU as LLVM names it (znver4).
 
@@ -101,8 +129,8 @@ def resolve(name: str) -> Target:
     """
     if not isinstance(name, str):
         raise TargetError(
-            f"target: expected a name such as 'cpu', got {type(name).__name__}. "
-            f"Known targets: {', '.join(_NAMED)}."
+            f"target: expected a name such as 'cpu' or several, got {type(name).__name__}. "
+            f"Known targets: {_known()}."
         )
     if name in _NAMED:
         description, triple, mcpu = _NAMED[name]
@@ -114,14 +142,14 @@ def resolve(name: str) -> Target:
             if triple == _X86_TRIPLE and "64bit" not in _enabled(triple, name):
                 raise TargetError(
                     f"target {name!r} is a 32-bit CPU, and libraries are 64-bit. Known targets: "
-                    f"{', '.join(_NAMED)}; or a 64-bit CPU that LLVM names."
+                    f"{_known()}; or a 64-bit CPU that LLVM names."
                 )
             return _described(name, f"LLVM's CPU {name}", triple, name)
-    every = [*_NAMED, *_cpus(_X86_TRIPLE), *_cpus(_ARM_TRIPLE)]
+    every = [*_NAMED, *_GROUPS, *_cpus(_X86_TRIPLE), *_cpus(_ARM_TRIPLE)]
     close = difflib.get_close_matches(name, every, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise TargetError(
-        f"unknown target {name!r}.{hint} Known targets: {', '.join(_NAMED)}; or a CPU that LLVM "
+        f"unknown target {name!r}.{hint} Known targets: {_known()}; or a CPU that LLVM "
         f"names, such as znver4 or neoverse-n1."
     )
 

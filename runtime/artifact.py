@@ -18,7 +18,7 @@ from normgraph.errors import (
     ArtifactNotFound,
     SpecError,
 )
-from normgraph.runtime import host
+from normgraph.runtime.library import Library, choose
 from normgraph.runtime.signature import Signature, TensorSpec
 from normgraph.spec import DTYPES, NormSpec
 
@@ -52,7 +52,8 @@ class SelfTestCase:
 class Artifact:
     """A sound artifact, with the library that this host runs.
 
-    vectors: what the self-test file holds, where the build could not run the self-test.
+    self_test_status: of that library. vectors: what the self-test file holds, where the build could
+    not run the self-test of that library.
     edition: differs from that of what another build puts in its place.
     """
 
@@ -77,7 +78,8 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 
     Raises ArtifactNotFound where there is none, ArtifactCorrupt where the manifest or a file is
     not what was written, ArtifactIncompatible where it is sound but this host or this version
-    cannot run it. Nothing of it has been loaded into the process by then.
+    cannot run it, TargetError where the variable NORMGRAPH_TARGET names a target it has no library
+    for. Nothing of it has been loaded into the process by then.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError(
@@ -165,13 +167,15 @@ def _check(root: Path, manifest: dict[str, Any], edition: Edition) -> Artifact:
         _check_file(root, _field(file, entry, "graph", dict))
     if not kinds:
         raise ArtifactCorrupt(f"{file}: the artifact holds no kinds. {_REBUILD}")
-    libraries = _field(file, manifest, "libraries", list)
-    paths = [_check_file(root, entry)[0] for entry in libraries]
     tests = _field(file, manifest, "self_test", dict)
     status = _field(file, tests, "status", str)
+    libraries = [
+        _library(file, _check_file(root, entry)[0], entry, status)
+        for entry in _field(file, manifest, "libraries", list)
+    ]
     test, vectors = _check_file(root, tests)
     cases = tuple(_case(file, case) for case in _field(file, tests, "cases", list))
-    chosen = _choose(file, libraries)
+    chosen = choose(root, libraries)
     return Artifact(
         path=root,
         manifest=manifest,
@@ -180,38 +184,27 @@ def _check(root: Path, manifest: dict[str, Any], edition: Edition) -> Artifact:
         dtype=_dtype(file, _field(file, manifest, "dtype", str)),
         signatures=signatures,
         functions=functions,
-        library=paths[chosen],
-        target=_field(file, _field(file, libraries[chosen], "target", dict), "name", str),
+        library=chosen.path,
+        target=chosen.target,
         self_test=test,
-        self_test_status=status,
-        vectors=None if status == "passed" else vectors,
+        self_test_status=chosen.self_test,
+        vectors=None if chosen.self_test == "passed" else vectors,
         edition=edition,
         self_test_cases=cases,
     )
 
 
-def _choose(file: Path, libraries: list[Any]) -> int:
-    """The library this host can run that uses most of its features."""
-    obstacles: list[str] = []
-    best, most = -1, -1
-    for index, entry in enumerate(libraries):
-        target = _field(file, entry, "target", dict)
-        features = [str(name) for name in _field(file, target, "features", list)]
-        obstacle = host.obstacle(
-            _field(file, target, "kind", str), _field(file, target, "triple", str), features
-        )
-        if obstacle is None and not _field(file, entry, "file", str).endswith(".so"):
-            obstacle = "it is an object file, still to be linked into a library"
-        if obstacle is not None:
-            obstacles.append(f"{_field(file, target, 'name', str)}: {obstacle}")
-        elif len(features) > most:
-            best, most = index, len(features)
-    if best < 0:
-        raise ArtifactIncompatible(
-            f"{file.parent}: no library of the artifact runs on this host"
-            f" ({'; '.join(obstacles) or 'it has none'}). Compile it for a target this host runs."
-        )
-    return best
+def _library(file: Path, path: Path, entry: Any, status: str) -> Library:
+    """One library; `status`, that of all of them, holds where it has no self-test of its own."""
+    target = _field(file, entry, "target", dict)
+    return Library(
+        path,
+        _field(file, target, "name", str),
+        _field(file, target, "kind", str),
+        _field(file, target, "triple", str),
+        tuple(str(name) for name in _field(file, target, "features", list)),
+        _field(file, entry, "self_test", str) if "self_test" in entry else status,
+    )
 
 
 def _case(file: Path, entry: Any) -> SelfTestCase:

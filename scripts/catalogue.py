@@ -1,4 +1,4 @@
-"""The catalogue: every operator in float32 and float16, all kinds, compiled for one target."""
+"""The catalogue: every operator in float32 and float16, all kinds, for one target or several."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from normgraph.errors import NormGraphError
 from normgraph.scripts.cli import explain
+from normgraph.scripts.cli_parser import target_option
 from normgraph.scripts.console import Progress, log
 from normgraph.spec import NormSpec
 
@@ -36,7 +37,7 @@ ENTRIES = (
 
 def build_catalogue(
     out: Path,
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     *,
     operators: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
@@ -68,7 +69,7 @@ def build_catalogue(
 def main() -> int:
     """Build the catalogue and print the path of each artifact."""
     parser = argparse.ArgumentParser(prog="compile-catalogue", description=__doc__)
-    parser.add_argument("--target", default="cpu")
+    target_option(parser)
     parser.add_argument("--out", type=Path, default=Path("build/catalogue"))
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="only these")
     options = parser.parse_args()
@@ -79,7 +80,7 @@ def main() -> int:
     progress = Progress()
     try:
         for path in build_catalogue(
-            options.out, options.target, operators=options.operators, progress=progress
+            options.out, options.target or "cpu", operators=options.operators, progress=progress
         ):
             print(path)
     except (NormGraphError, OSError) as error:

@@ -7,18 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible
+from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, TargetError
 from normgraph.scripts.console import log, table
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Check an artifact and print its manifest, also where this host cannot run it."""
-    manifest = read_manifest(options.artifact)
+    manifest, loaded = read_manifest(options.artifact)
     if options.json:
         print(json.dumps(manifest, indent=2))
         return 0
     try:
-        text = describe(options.artifact, manifest)
+        text = describe(options.artifact, manifest, loaded)
     except (AttributeError, KeyError, TypeError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise ArtifactCorrupt(
@@ -33,31 +33,44 @@ def targets(options: argparse.Namespace) -> int:
     """Print the known targets."""
     from normgraph import compile as compiler
 
-    known = [(target.name, target.description) for target in compiler.targets()]
+    known = compiler.targets()
+    groups = compiler.target_groups()
     if options.json:
-        print(json.dumps([{"name": name, "description": text} for name, text in known], indent=2))
-    else:
-        print(table(known, ("target", "what it is for")))
+        listed = [
+            {"name": each.name, "description": each.description, "runs_here": each.runs_here}
+            for each in known
+        ]
+        listed += [{"name": name, "targets": list(names)} for name, names in groups.items()]
+        print(json.dumps(listed, indent=2))
+        return 0
+    rows = [(each.name, "yes" if each.runs_here else "no", each.description) for each in known]
+    rows += [(name, "", f"all of {', '.join(names)}") for name, names in groups.items()]
+    print(table(rows, ("target", "runs here", "what it is for")))
+    print("\nor a CPU that LLVM names, such as znver4 or neoverse-n1")
     return 0
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a sound artifact; a note on stderr where this host cannot run it."""
+def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """The manifest of a sound artifact, and the target of the library this host loads.
+
+    Where it loads none, that is empty, and a note on stderr says why.
+    """
     from normgraph.runtime.artifact import FORMAT_VERSION, MANIFEST, open_artifact
 
     try:
-        return dict(open_artifact(path).manifest)
-    except ArtifactIncompatible as error:
+        artifact = open_artifact(path)
+        return dict(artifact.manifest), artifact.target
+    except (ArtifactIncompatible, TargetError) as error:
         # What is wrong is the host, so the files have been checked, or the format is too new.
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] > FORMAT_VERSION:
             raise
         log(f"note: {error}")
-        return manifest
+        return manifest, ""
 
 
-def describe(path: Path, manifest: dict[str, Any]) -> str:
-    """The manifest for a reader."""
+def describe(path: Path, manifest: dict[str, Any], loaded: str) -> str:
+    """The manifest for a reader. loaded: the target of the library this host loads, if any."""
     spec = ", ".join(
         f"{name}={value}" for name, value in manifest["spec"].items() if value is not None
     )
@@ -66,7 +79,7 @@ def describe(path: Path, manifest: dict[str, Any]) -> str:
         ("spec", spec),
         ("x", f"{manifest['dtype']}{_dims(manifest['shape'])}"),
         ("made by", f"normgraph {manifest['normgraph_version']}, {_versions(manifest)}"),
-        ("self-test", manifest["self_test"]["status"]),
+        ("loads here", loaded or "nothing"),
     ]
     lines = [table([(f"{name}:", value) for name, value in facts])]
     for kind, entry in manifest["kinds"].items():
@@ -80,22 +93,28 @@ def describe(path: Path, manifest: dict[str, Any]) -> str:
                 ]
             )
         )
-    lines += ["", "libraries"]
-    lines.append(
-        table(
-            [
-                (
-                    f"  {library['target']['name']}",
-                    library["target"]["triple"],
-                    library["target"]["mcpu"],
-                    f"{library['size'] / 1024:.0f} KiB",
-                    library["file"],
-                )
-                for library in manifest["libraries"]
-            ]
-        )
-    )
+    lines += ["", table([_library(each, manifest) for each in manifest["libraries"]], _LIBRARY)]
     return "\n".join(lines)
+
+
+_LIBRARY = ("library for", "triple", "cpu", "runs here", "self-test", "size", "file")
+
+
+def _library(library: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:
+    from normgraph.runtime.host import obstacle
+
+    target = library["target"]
+    blocked = obstacle(target["kind"], target["triple"], target["features"])
+    runs = "no" if blocked else "yes" if library["file"].endswith(".so") else "not linked"
+    return (
+        target["name"],
+        target["triple"],
+        target["mcpu"],
+        runs,
+        library.get("self_test", manifest["self_test"]["status"]),
+        f"{library['size'] / 1024:.0f} KiB",
+        library["file"],
+    )
 
 
 def _dims(shape: list[int | str]) -> str:

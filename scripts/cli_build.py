@@ -45,7 +45,7 @@ def compile_(options: argparse.Namespace) -> int:
     print(
         compiler.build(
             options.src,
-            target=options.target,
+            target=options.target or "cpu",
             out=options.out,
             debug_dump=options.debug_dump,
             progress=Progress(),

@@ -54,7 +54,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 def _host() -> list[Finding]:
     """Of a host that is not supported nothing is said here: there `import normgraph` refuses."""
-    from normgraph.cpu import cpu_flags
+    from normgraph.cpu import cpu_flags, levels
+    from normgraph.runtime.library import VARIABLE
 
     flags = cpu_flags()
     features = " ".join(name for name in _CPU_FEATURES if name in flags) or "none of those asked"
@@ -64,6 +65,10 @@ def _host() -> list[Finding]:
         Finding("host", "python", f"{platform.python_version()} ({sys.executable})"),
         Finding("host", "system", f"{platform.system()} {platform.machine()}, {libc}"),
         Finding("host", "cpu", f"{len(os.sched_getaffinity(0))} usable cores, {features}"),
+        Finding("host", "targets", ", ".join(levels()) or "none of those with a name"),
+        Finding(
+            "host", VARIABLE, os.environ.get(VARIABLE) or "not set: the best library is loaded"
+        ),
     ]
 
 

@@ -151,10 +151,22 @@ def _export(sub: argparse.ArgumentParser) -> None:
 
 def _compile(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("src", type=path, metavar="GRAPHS", help="what export wrote")
-    sub.add_argument("--target", default="cpu", help="cpu, or one that 'targets' lists")
+    target_option(sub)
     sub.add_argument("-o", "--out", type=path, required=True, metavar="DIR")
     sub.add_argument(
         "--debug-dump", type=path, metavar="DIR", help="write the IR after each step there"
+    )
+
+
+def target_option(sub: argparse.ArgumentParser) -> None:
+    """--target, once or more often, each with one name or several; None where it is not given."""
+    sub.add_argument(
+        "--target",
+        type=names,
+        action="extend",
+        metavar="NAME,NAME",
+        help="cpu (the default), or one or several that 'normgraph targets' lists: one artifact "
+        "then holds a library for each",
     )
 
 

@@ -22,15 +22,15 @@ def build(
     *,
     shape: str | Iterable[object],
     dtype: str = "float32",
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     kinds: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Operator:
     """Export `spec`'s graphs, compile them and load the artifact.
 
-    shape: of x, ints and names such as ("N", 64, "H", "W"). dtype: of x. target: as in
-    `compile.build`. kinds: all the spec has by default. out: where the artifact stays; by default
-    in a temporary directory that goes when the operator does.
+    shape: of x, ints and names such as ("N", 64, "H", "W"). dtype: of x. target: one or several, as
+    in `compile.build`. kinds: all the spec has by default. out: where the artifact stays; by
+    default in a temporary directory that goes when the operator does.
 
     Raises SpecError, TargetError, CompileError as its parts do; ToolMissing where the compiler's
     packages are not installed.

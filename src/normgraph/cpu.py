@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
+import struct
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-# LLVM's feature names where the kernel's /proc/cpuinfo uses another one.
+# The levels of the x86-64 psABI: what each asks for beside the instructions every x86-64 CPU has,
+# as LLVM names it.
+_V2 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "cx16", "sahf")
+_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+# By machine: the targets to pass on, lowest first, and the features each needs.
+LEVELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "x86_64": {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4},
+    "aarch64": {"aarch64": ("neon",)},
+}
+
+# LLVM's feature names where Linux uses another one.
 _LINUX_NAMES = {
     "64bit": "lm",
     "avx512bf16": "avx512_bf16",
@@ -47,19 +60,58 @@ _LINUX_NAMES = {
 
 MACHINE_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
+# Of an aarch64 process: Linux's names of the bits of AT_HWCAP and AT_HWCAP2 in its auxiliary
+# vector, <asm/hwcap.h>. Not from /proc/cpuinfo, in which an emulator may show its own host.
+_HWCAP, _HWCAP2 = 16, 26
+_HWCAP_NAMES = {
+    (_HWCAP, 0): "fp",
+    (_HWCAP, 1): "asimd",
+    (_HWCAP, 7): "crc32",
+    (_HWCAP, 8): "atomics",
+    (_HWCAP, 9): "fphp",
+    (_HWCAP, 10): "asimdhp",
+    (_HWCAP, 12): "asimdrdm",
+    (_HWCAP, 13): "jscvt",
+    (_HWCAP, 14): "fcma",
+    (_HWCAP, 15): "lrcpc",
+    (_HWCAP, 17): "sha3",
+    (_HWCAP, 20): "asimddp",
+    (_HWCAP, 22): "sve",
+    (_HWCAP, 23): "asimdfhm",
+    (_HWCAP, 25): "uscat",
+    (_HWCAP, 27): "flagm",
+    (_HWCAP2, 1): "sve2",
+    (_HWCAP2, 8): "frint",
+    (_HWCAP2, 13): "i8mm",
+    (_HWCAP2, 14): "bf16",
+    (_HWCAP2, 34): "cssc",
+    (_HWCAP2, 43): "mops",
+    (_HWCAP2, 50): "faminmax",
+}
+
 
 @lru_cache(maxsize=1)
 def cpu_flags() -> frozenset[str]:
-    """The CPU features Linux reports; empty where it reports none."""
+    """The CPU features Linux reports, under Linux's names; empty where it reports none."""
     try:
+        if machine() == "aarch64":
+            return hwcap_flags(Path("/proc/self/auxv").read_bytes())
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return frozenset()
     for line in text.splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
+        if key.strip() == "flags":
             return frozenset(value.split())
     return frozenset()
+
+
+def hwcap_flags(auxiliary: bytes) -> frozenset[str]:
+    """The features in an aarch64 process's auxiliary vector, pairs of 64-bit keys and values."""
+    pairs = dict(struct.iter_unpack("=QQ", auxiliary[: len(auxiliary) // 16 * 16]))
+    return frozenset(
+        name for (key, bit), name in _HWCAP_NAMES.items() if pairs.get(key, 0) >> bit & 1
+    )
 
 
 def machine() -> str:
@@ -72,3 +124,20 @@ def has_feature(feature: str, flags: Collection[str]) -> bool:
     """Whether Linux's `flags` hold a feature that LLVM calls `feature`."""
     plain = feature.replace(".", "_").replace("-", "_")
     return _LINUX_NAMES.get(feature, plain) in flags or plain in flags
+
+
+def vector_bytes(features: Collection[str]) -> int:
+    """The size of the widest vector register that code for these features uses."""
+    if "avx512f" in features:
+        return 64
+    return 32 if "avx" in features else 16
+
+
+def levels() -> list[str]:
+    """The levels of this machine's architecture that it runs, the lowest first."""
+    flags = cpu_flags()
+    return [
+        level
+        for level, features in LEVELS.get(machine(), {}).items()
+        if all(has_feature(feature, flags) for feature in features)
+    ]

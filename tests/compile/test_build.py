@@ -71,7 +71,7 @@ def test_manifest_has_every_field(whole: Path) -> None:
     }
     assert [entry["name"] for entry in backward["outputs"]] == ["dx", "dgamma", "dbeta"]
     (library,) = manifest["libraries"]
-    assert set(library) == {"file", "sha256", "size", "form", "target"}
+    assert set(library) == {"file", "sha256", "size", "form", "self_test", "target"}
     assert set(library["target"]) == {"name", "kind", "triple", "mcpu", "features"}
     assert set(manifest["versions"]) == {"tvm", "tvm_ffi", "onnx"}
     test = manifest["self_test"]
@@ -147,8 +147,8 @@ def test_progress_says_each_step(graphs: Path, tmp_path: Path) -> None:
     assert said == [
         "forward: schedule for cpu",
         "inference: schedule for cpu",
-        "generate code and link",
-        "self-test",
+        "generate code for cpu and link",
+        "self-test of cpu",
         f"wrote {tmp_path / 'a'}",
     ]
 
