@@ -18,11 +18,19 @@ Shape = Sequence[int | str]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--update-golden: write the golden files instead of comparing with them."""
+    """--update-golden: write the golden files instead of comparing with them.
+
+    --every-level: test every operator in every dtype at each target level.
+    """
     parser.addoption(
         "--update-golden",
         action="store_true",
         help="write the golden files anew, then look at them",
+    )
+    parser.addoption(
+        "--every-level",
+        action="store_true",
+        help="test every operator in every dtype at each target level, in minutes",
     )
 
 

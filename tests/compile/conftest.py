@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,10 @@ import normgraph as ng
 from normgraph.compile import importing, link, pipeline, resolve
 from normgraph.compile.tensor_program import TensorProgram, read
 
+# Kernels for aarch64 are tested where they can be linked and run.
+_EMULATOR = ("qemu-aarch64", "aarch64-linux-gnu-gcc")
+collect_ignore = [] if all(map(shutil.which, _EMULATOR)) else ["test_aarch64.py"]
+
 Array = npt.NDArray[Any]
 NULL, WRITE, ADD = 0, 1, 2
 UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -29,12 +34,10 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-class Kernels:
-    """The packed functions of one artifact (or of graphs compiled in place) and their ports."""
+class Ports:
+    """What the functions of one artifact take and give; inputs for them, and the answers."""
 
-    def __init__(self, path: Path, spec: ng.NormSpec, ports: Mapping[str, Any]) -> None:
-        self.path = path
-        self.module: Any = tvm_ffi.load_module(str(path))
+    def __init__(self, spec: ng.NormSpec, ports: Mapping[str, Any]) -> None:
         self.spec = spec
         self.ports = ports
         self.kinds = tuple(ports)
@@ -88,36 +91,19 @@ class Kernels:
             for port in self.ports[kind]["outputs"]
         }
 
-    def call(
-        self,
-        kind: str,
-        inputs: Mapping[str, Array],
-        requests: Mapping[str, int] | None = None,
-        outputs: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]:
-        """Run a kernel into copies of `outputs` (NaN by default); `requests` are write by default.
+    def empty(self, kind: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Each output full of NaN, which marks what a kernel leaves unwritten."""
+        shapes = self.shapes(kind, inputs)
+        return {
+            port["name"]: np.full(shapes[port["name"]], np.nan, dtype_of(port["dtype"]))
+            for port in self.ports[kind]["outputs"]
+        }
 
-        A missing request is null where `requests` is given.
-        """
-        req = 0
-        made = []
-        for k, port in enumerate(self.ports[kind]["outputs"]):
-            name = port["name"]
-            req |= (WRITE if requests is None else requests.get(name, NULL)) << (2 * k)
-            if outputs is not None and name in outputs:
-                start = outputs[name]
-            else:
-                shape = self.shapes(kind, inputs)[name]
-                start = np.full(shape, np.nan, dtype_of(port["dtype"]))
-            made.append(tensor(start))
-        self.module[kind](*(tensor(inputs[p["name"]]) for p in self.ports[kind]["inputs"]),
-                          *made, req)  # fmt: skip
-        names = [port["name"] for port in self.ports[kind]["outputs"]]
-        return {name: out.numpy() for name, out in zip(names, made, strict=True)}
-
-    def check(self, kind: str, inputs: Mapping[str, Array], bound: float = 2e-5) -> None:
+    def compare(
+        self, kind: str, inputs: Mapping[str, Array], got: Mapping[str, Array], bound: float = 2e-5
+    ) -> None:
         """Every output within `bound` of its largest value in float32, and as `close` says."""
-        got, want = self.call(kind, inputs), self.answers(kind, inputs)
+        want = self.answers(kind, inputs)
         for port in self.ports[kind]["outputs"]:
             name = port["name"]
             growth, terms = self.growth(inputs), self.terms(name, inputs)
@@ -143,6 +129,40 @@ class Kernels:
             return 1.0
         largest = np.max(np.abs(inputs["y"].astype(np.float64)))
         return float(1 + largest / np.min(np.abs(inputs["gamma"].astype(np.float64))))
+
+
+class Kernels(Ports):
+    """The packed functions of one artifact (or of graphs compiled in place) and their ports."""
+
+    def __init__(self, path: Path, spec: ng.NormSpec, ports: Mapping[str, Any]) -> None:
+        super().__init__(spec, ports)
+        self.path = path
+        self.module: Any = tvm_ffi.load_module(str(path))
+
+    def call(
+        self,
+        kind: str,
+        inputs: Mapping[str, Array],
+        requests: Mapping[str, int] | None = None,
+        outputs: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Run a kernel into copies of `outputs` (NaN by default); `requests` are write by default.
+
+        A missing request is null where `requests` is given.
+        """
+        starts = {**self.empty(kind, inputs), **(outputs or {})}
+        names = [port["name"] for port in self.ports[kind]["outputs"]]
+        req = 0
+        for k, name in enumerate(names):
+            req |= (WRITE if requests is None else requests.get(name, NULL)) << (2 * k)
+        made = [tensor(starts[name]) for name in names]
+        self.module[kind](*(tensor(inputs[p["name"]]) for p in self.ports[kind]["inputs"]),
+                          *made, req)  # fmt: skip
+        return {name: out.numpy() for name, out in zip(names, made, strict=True)}
+
+    def check(self, kind: str, inputs: Mapping[str, Array], bound: float = 2e-5) -> None:
+        """Run a kernel and hold every output to its bound: see `compare`."""
+        self.compare(kind, inputs, self.call(kind, inputs), bound)
 
 
 def tensor(values: Array) -> Any:
@@ -202,6 +222,18 @@ def kernels(build_artifact: Callable[..., Path]) -> Callable[..., Kernels]:
         return made[path]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def rows() -> dict[str, tuple[ng.NormSpec, tuple[int | str, ...]]]:
+    """By operator: the usual options, and the shape of x."""
+    return ROWS
+
+
+@pytest.fixture(scope="session")
+def ports_only() -> type[Ports]:
+    """ports_only(spec, ports): inputs and answers for kernels that do not run in this process."""
+    return Ports
 
 
 @pytest.fixture(scope="session")
