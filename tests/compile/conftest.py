@@ -113,13 +113,17 @@ class Ports:
     def terms(name: str, inputs: Mapping[str, Array]) -> float:
         """The size of the terms an output is the difference of, where they cancel.
 
-        dx of few elements is a small difference of gamma * inv_std * dy; delta is rounding alone.
+        dx of few elements is a small difference of gamma * inv_std * dy; delta is rounding alone. A
+        sum of many terms of either sign has the size of sqrt(count) of them, unless it cancels.
         """
         size = {n: float(np.max(np.abs(v.astype(np.float64)))) for n, v in inputs.items()}
         if name == "delta":
             return max(size.get("x", 0.0), size.get("y", 0.0))
         if name in ("dx", "dvar", "dmean"):
             return size.get("gamma", 1.0) * size.get("inv_std", 0.0) * size["dy"]
+        if name in ("dgamma", "dbeta") and "gamma" in inputs:
+            dy = inputs["dy"].astype(np.float64)
+            return float(np.linalg.norm(dy.ravel()) / np.sqrt(inputs["gamma"].size))
         return 0.0
 
     @staticmethod
