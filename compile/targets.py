@@ -106,12 +106,12 @@ def resolve_all(names: str | Sequence[str]) -> tuple[Target, ...]:
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         names = (names,)
-    single = [each for name in names for each in _expanded(name)]
-    if not single:
+    found = [resolve(each) for name in names for each in _expanded(name)]
+    if not found:
         raise TargetError(
             f"target: expected at least one name, got none. Known targets: {_known()}."
         )
-    return tuple(resolve(name) for name in dict.fromkeys(single))
+    return tuple({target.name: target for target in found}.values())
 
 
 def _expanded(name: object) -> tuple[Any, ...]:

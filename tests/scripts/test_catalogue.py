@@ -31,6 +31,16 @@ def test_it_builds_one_artifact_a_dtype(
         assert set(ng.load(line).kinds) == set(ng.graphs.kinds(ng.NormSpec("rms_norm")))
 
 
+def test_it_builds_for_several_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "DTYPES", ("float16",))
+    monkeypatch.setattr(
+        "sys.argv", ["compile", "--out", str(tmp_path), "--target", "cpu,x86-64-v2", "rms_norm"]
+    )
+    assert catalogue.main() == 0
+    manifest = ng.load(tmp_path / "rms_norm-float16").manifest
+    assert [library["target"]["name"] for library in manifest["libraries"]] == ["cpu", "x86-64-v2"]
+
+
 def test_every_operator_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "DTYPES", ("float16",))
     monkeypatch.setattr("sys.argv", ["compile", "--out", str(tmp_path)])

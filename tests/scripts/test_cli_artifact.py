@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from normgraph.runtime.library import VARIABLE
 from normgraph.scripts import bench
 
 
@@ -44,6 +45,55 @@ def test_inspect_shows_an_artifact_for_another_cpu(
     assert code == 0
     assert "instance_norm" in out
     assert "time-travel" in err
+
+
+@pytest.fixture
+def with_two(copy: Path, rewrite_manifest: Callable[..., None]) -> Path:
+    """An artifact with a library for this machine and one, first in order, for another CPU."""
+
+    def add(manifest: dict[str, Any]) -> None:
+        (own,) = manifest["libraries"]
+        target = {**own["target"], "name": "later", "features": ["avx512f", "time-travel"]}
+        manifest["libraries"] = [{**own, "target": target, "self_test": "not run"}, own]
+
+    rewrite_manifest(copy, add)
+    return copy
+
+
+def _lines(out: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+
+
+def test_inspect_shows_each_library(cli: Callable[..., Any], with_two: Path) -> None:
+    code, out, err = cli("inspect", with_two)
+    assert (code, err) == (0, "")
+    lines = _lines(out)
+    assert lines["later"][3:6] == ["no", "not", "run"]
+    assert lines["cpu"][3:5] == ["yes", "passed"]
+    assert lines["loads"] == ["loads", "here:", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [("later", 4, "time-travel"), ("cpu", 0, ""), ("x86-64-v9", 2, "(later, cpu)")],
+)
+def test_the_variable_that_names_the_library(
+    name: str,
+    code: int,
+    message: str,
+    cli: Callable[..., Any],
+    with_two: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """inspect shows the artifact in any case; what runs kernels does as it is told, or fails."""
+    monkeypatch.setenv(VARIABLE, name)
+    done = cli("inspect", with_two)
+    assert done.code == 0
+    assert message in done.err
+    assert _lines(done.out)["loads"][2] == ("cpu" if code == 0 else "nothing")
+    done = cli("verify", with_two, "--shape", "2,4,7")
+    assert done.code == code
+    assert message in done.err
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,38 @@ def test_compile_reports_progress_and_prints_the_artifact(
     assert set(ng.load(tmp_path / "a").kinds) == set(ng.graphs.kinds(ng.NormSpec("rms_norm")))
 
 
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ((), ["cpu"]),
+        (("--target", "x86-64-v3"), ["x86-64-v3"]),
+        (("--target", "x86-64-v2, x86-64-v4"), ["x86-64-v2", "x86-64-v4"]),
+        (("--target", "cpu", "--target=aarch64,x86-64-v2"), ["cpu", "aarch64", "x86-64-v2"]),
+        (("--target", "x86-64-levels"), ["x86-64-v2", "x86-64-v3", "x86-64-v4"]),
+    ],
+)
+def test_compile_for_several_targets(
+    flags: tuple[str, ...], wanted: list[str], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    ng.graphs.export(
+        ng.NormSpec("rms_norm"), shape=("N", 5), out=tmp_path / "g", kinds=("inference",)
+    )
+    assert cli("compile", tmp_path / "g", *flags, "-o", tmp_path / "a").code == 0
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert [library["target"]["name"] for library in manifest["libraries"]] == wanted
+
+
+@pytest.mark.parametrize("names", ["", "cpu,", "z80", "cpu,z80"])
+def test_compile_for_a_target_that_is_none_exits_with_2(
+    names: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    ng.graphs.export(ng.NormSpec("rms_norm"), shape=("N", 5), out=tmp_path / "g")
+    code, out, err = cli("compile", tmp_path / "g", "--target", names, "-o", tmp_path / "a")
+    assert (code, out) == (2, "")
+    assert "z80" in err or "expected names with commas between" in err
+    assert not (tmp_path / "a").exists()
+
+
 def test_compile_dumps_each_step(cli: Callable[..., Any], tmp_path: Path) -> None:
     spec = ng.NormSpec("rms_norm")
     ng.graphs.export(spec, shape=("N", 5), out=tmp_path / "g", kinds=("inference",))
@@ -109,7 +141,12 @@ def test_a_kernel_that_fails_its_self_test_exits_with_5(
 def test_targets(cli: Callable[..., Any]) -> None:
     code, out, err = cli("targets")
     assert (code, err) == (0, "")
-    for name in ("cpu", "x86-64-v3"):
-        assert f"\n{name} " in out
+    lines = out.splitlines()
+    for target in ng.compile.targets():
+        (line,) = (each for each in lines if each.startswith(f"{target.name} "))
+        assert line.split()[1] == ("yes" if target.runs_here else "no")
     listed = json.loads(cli("targets", "--json").out)
-    assert [entry["name"] for entry in listed] == [each.name for each in ng.compile.targets()]
+    names = [each.name for each in ng.compile.targets()]
+    assert [entry["name"] for entry in listed] == [*names, *ng.compile.target_groups()]
+    assert listed[0]["runs_here"] is True
+    assert listed[-1] == {"name": "x86-64-levels", "targets": names[1:4]}

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import normgraph as ng
+from normgraph.cpu import levels
+from normgraph.runtime.library import VARIABLE
 from normgraph.scripts.console import Progress, log, table
 
 
@@ -18,6 +20,18 @@ def test_doctor(cli: Callable[..., Any]) -> None:
     assert (code, err) == (0, "")
     for part in (platform.python_version(), platform.machine(), ng.__version__, "apache-tvm"):
         assert part in out
+
+
+def test_doctor_says_which_levels_run_and_which_library_is_asked_for(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    found = {each["name"]: each["found"] for each in json.loads(cli("doctor", "--json").out)}
+    assert found["targets"] == ", ".join(levels())
+    assert found[VARIABLE] == "not set: the best library is loaded"
+    monkeypatch.setenv(VARIABLE, "x86-64-v3")
+    found = {each["name"]: each["found"] for each in json.loads(cli("doctor", "--json").out)}
+    assert found[VARIABLE] == "x86-64-v3"
 
 
 def test_doctor_as_json(cli: Callable[..., Any]) -> None:
