@@ -20,9 +20,12 @@ import tvm
 from tvm.script import tirx as T
 
 import normgraph
+from normgraph.cpu import machine
 from normgraph.runtime import Operator, load
 from normgraph.spec import NormSpec
 
+# By machine the oldest CPU, so that every host that runs the tests can load it, and what it has.
+OLDEST = {"x86_64": ("x86-64", "sse2"), "aarch64": ("generic", "neon")}
 X = ["N", 3, "L"]
 STAT = ["N", 3, 1]
 PARAM = [3]
@@ -276,8 +279,8 @@ def write_artifact(root: Path, dtype: str) -> Path:
     module = tvm.IRModule(
         {kind: function.with_attr("global_symbol", kind) for kind, function in functions.items()}
     )
-    # The oldest x86-64, so that every x86-64 host that runs the tests can load it.
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"})
+    mcpu, feature = OLDEST[machine()]
+    target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
     library = root / "made.so"
     tvm.compile(module, target=target).export_library(str(library))
     library = library.rename(_named(root, "kernels-cpu", ".so", library.read_bytes()))
@@ -325,9 +328,9 @@ def write_artifact(root: Path, dtype: str) -> Path:
                 "target": {
                     "name": "cpu",
                     "kind": "llvm",
-                    "triple": "x86_64-linux-gnu",
-                    "mcpu": "x86-64",
-                    "features": ["sse2"],
+                    "triple": f"{machine()}-linux-gnu",
+                    "mcpu": mcpu,
+                    "features": [feature],
                 },
             }
         ],
