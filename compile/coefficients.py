@@ -45,7 +45,8 @@ class _Coefficients:
 
     def _is_narrow(self, tensor: Tensor) -> bool:
         given = tensor.input_index is not None and tensor.axes <= self.slice_axes
-        return tensor in self.plan.per_slice or (given and len(tensor.axes) < len(tensor.dims))
+        whole = tensor.axes == frozenset(self.plan.wide_axes)
+        return tensor in self.plan.per_slice or (given and not whole)
 
     def _taken_out(self, node: Node, step: Step) -> Node:
         if not isinstance(node, Apply):
