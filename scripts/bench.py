@@ -12,31 +12,23 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 import normgraph
-import normgraph.graphs.reference as reference
-from normgraph.errors import AccuracyError
-from normgraph.scripts import bench_peers, bench_torch
 from normgraph.scripts.bench_overheads import overheads_of
-from normgraph.scripts.bench_peers import Peer, PeerMissing
+from normgraph.scripts.bench_peers import OURS, Peer
 from normgraph.scripts.bench_report import BenchReport, Row, machine
-from normgraph.scripts.bench_timing import (
-    Timing,
-    cores,
-    pin_threads,
-    set_heap,
-    time_apart,
-    wait_for_quiet,
+from normgraph.scripts.bench_roster import (
+    Extras,
+    Scene,
+    bytes_moved,
+    gather,
+    makers,
+    scene_of,
 )
+from normgraph.scripts.bench_threads import bound, cores, prepare
+from normgraph.scripts.bench_timing import Timing, set_heap, time_apart, wait_for_quiet
 from normgraph.scripts.verify import versions
-from normgraph.scripts.verify_inputs import Case, Inputs, check_shape, forward_names
-from normgraph.scripts.verify_tolerance import ROUNDOFF, relative, scale_of, ulp
-
-Array = NDArray[Any]
+from normgraph.scripts.verify_inputs import Case, Inputs, check_shape
 
 _DEFAULT_KINDS = ("forward", "inference", "backward")
 # What symbolic dimensions are set to without --shape: the standard small image batch.
@@ -50,23 +42,21 @@ def bench(
     kinds: Sequence[str] | None = None,
     rounds: int = 7,
     seconds: float = 0.04,
-    stock: bool = True,
+    extras: Extras | None = None,
     overheads: bool = True,
     quiet: float = 0.0,
     progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Time the kinds of an artifact at `shape` (its own, or 8 and 56s, where not given).
 
-    rounds and seconds: how often peers take turns, and how long each is timed in a turn. `stock`
-    adds TVM's own pipeline on the same graph, which takes seconds to compile. `overheads` adds the
+    rounds and seconds: how often peers take turns, and how long each is timed in a turn. `extras`:
+    which peers that take seconds to set up take part (all). `overheads` adds the
     cost of building and compiling a graph and of a small call. `quiet` is how many seconds to wait
     at most, before each kind, for other processes to leave the cores. Raises AccuracyError where
     our own kernel's result is wrong, and the errors of `normgraph.load`.
     """
     threads, measured_on = cores(), machine()
-    pin_threads(threads)
-    # Before the library is loaded: it binds TVM's pool if that is there, a serial loop if not.
-    pool = _import_tvm()
+    own_threads = prepare(threads)
     operator = normgraph.load(path)
     tell = progress or (lambda _: None)
     size = _shape(operator.shape, shape)
@@ -74,10 +64,9 @@ def bench(
     chosen = [kind for kind in kinds or _DEFAULT_KINDS if kind in operator.kinds]
     rows: list[Row] = []
     for kind in chosen:
-        tell(f"{operator.spec.op} {kind}: {','.join(map(str, size))}")
-        rows += _bench_kind(
-            Path(path), operator, kind, inputs, threads, pool, stock, rounds, seconds, quiet
-        )
+        tell(f"{operator.spec.op} {kind}: {','.join(map(str, size))} {operator.dtype}")
+        scene = scene_of(Path(path), operator, kind, inputs, threads, own_threads)
+        rows += _bench_kind(scene, extras or Extras(), rounds, seconds, quiet)
     costs = None
     if overheads:
         tell(f"{operator.spec.op}: cost of a build, a compile and a call")
@@ -88,26 +77,19 @@ def bench(
         dtype=operator.dtype,
         shape=size,
         machine=measured_on,
-        versions={**versions(), **_torch_version()},
+        versions=all_versions(),
         rows=tuple(rows),
         overheads=costs,
     )
 
 
-def _import_tvm() -> bool:
-    if importlib.util.find_spec("tvm") is None:
-        return False
-    import tvm  # noqa: F401
-
-    return True
-
-
-def _torch_version() -> dict[str, str]:
+def all_versions() -> dict[str, str]:
+    """The versions of everything that takes part."""
     if importlib.util.find_spec("torch") is None:
-        return {}
+        return versions()
     import torch
 
-    return {"torch": str(torch.__version__)}
+    return {**versions(), "torch": str(torch.__version__)}
 
 
 def _shape(declared: Sequence[int | str], shape: Sequence[int] | None) -> tuple[int, ...]:
@@ -120,70 +102,16 @@ def _shape(declared: Sequence[int | str], shape: Sequence[int] | None) -> tuple[
 
 
 def _bench_kind(
-    path: Path,
-    operator: Any,
-    kind: str,
-    inputs: Inputs,
-    threads: int,
-    pool: bool,
-    stock: bool,
-    rounds: int,
-    seconds: float,
-    quiet: float,
+    scene: Scene, extras: Extras, rounds: int, seconds: float, quiet: float
 ) -> list[Row]:
-    entry = operator.manifest["kinds"][kind]
-    given = inputs.take([each["name"] for each in entry["inputs"]])
-    full = inputs.take(forward_names(operator.spec)) | {"dy": inputs.values["dy"]}
-    if kind in ("inference", "backward_frozen") and operator.spec.track_running_stats:
-        full |= inputs.take(("running_mean", "running_var"))
-    own_threads = threads if pool else 1
-    targets = [library["target"] for library in operator.manifest["libraries"]]
-    target = next(each for each in targets if each["name"] == operator.target)
-    makers: list[tuple[str, Callable[[], Peer]]] = [
-        ("normgraph", lambda: bench_peers.ours(operator, kind, given, own_threads, fresh=False)),
-        ("normgraph", lambda: bench_peers.ours(operator, kind, given, own_threads, fresh=True)),
-        (
-            "onnxruntime",
-            lambda: bench_peers.onnx_runtime(path / entry["graph"]["file"], kind, given, threads),
-        ),
-        ("torch eager", lambda: bench_torch.torch_eager(operator.spec, kind, full, threads)),
-        ("memory limit", lambda: bench_peers.memory_limit(kind, given, threads)),
-    ]
-    if stock:
-        makers.insert(
-            3,
-            (
-                "stock TVM",
-                lambda: bench_peers.stock_tvm(
-                    operator.spec,
-                    kind,
-                    inputs.case.shape,
-                    operator.dtype,
-                    given,
-                    target,
-                    threads,
-                ),
-            ),
-        )
-    peers: list[Peer] = []
-    missing: list[Row] = []
-    want = reference.run(operator.spec, kind, given)
-    for name, make in makers:
-        try:
-            peer = make()
-            _check(peer, kind, want, operator.dtype, inputs)
-        except Exception as error:
-            # Ours must be right to be held against anybody; what another cannot do is its own.
-            if name == "normgraph":
-                raise
-            missing.append(Row(kind, name, "", threads, reason=_reason(error)))
-            continue
-        peers.append(peer)
-    if quiet > 0.0:
-        wait_for_quiet(quiet)
-    timings = _time(peers, rounds, seconds)
-    mine = timings["normgraph", "given"].median
-    moved = _bytes(kind, given)
+    kind = scene.kind
+    peers, missing = gather(makers(scene, extras), scene)
+    with bound(scene.threads):
+        if quiet > 0.0:
+            wait_for_quiet(quiet)
+        timings = _time(peers, rounds, seconds)
+    mine = timings[OURS, "given"].median
+    moved = bytes_moved(kind, scene.given)
     rows = [
         Row(
             kind,
@@ -193,6 +121,8 @@ def _bench_kind(
             timing,
             ratio=timing.median / mine,
             gigabytes_per_second=moved / timing.median / 1e9,
+            detail=peer.detail,
+            setup=peer.setup,
         )
         for peer in peers
         for heap in ("given", "warm", "cold")
@@ -222,46 +152,3 @@ def _time(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[tuple[str,
         heap, _, name = label.partition(" ")
         found[name, heap] = timing
     return found
-
-
-def _check(peer: Peer, kind: str, want: Mapping[str, Array], dtype: str, inputs: Inputs) -> None:
-    """Raise AccuracyError where a result of the peer is far from float64.
-
-    Ten times the tolerance of our own kernels: enough to catch a peer that computes another thing.
-    One that keeps its steps in x's dtype has the same tolerance in units of that dtype.
-    """
-    slack = 0.5 * float(ulp(np.ones(()), dtype)) / ROUNDOFF[dtype] if peer.coarse else 1.0
-    conditions = inputs.conditions(kind)
-    for name, value in peer.call().items():
-        if name not in want:
-            continue
-        found = _numpy(value).astype(np.float64).reshape(want[name].shape)
-        share = max(10.0, slack) * relative(name, dtype, conditions)
-        bound = share * scale_of(name, want[name], conditions)
-        room = bound + 2.0 * ulp(want[name], dtype)
-        error = np.abs(found - want[name])
-        if not bool(np.all(error <= room)):
-            raise AccuracyError(
-                f"{peer.name}, {kind}, {name}: expected float64's answer within {bound:.1e}, "
-                f"got one off by {float(np.max(error)):.1e}"
-            )
-
-
-def _reason(error: Exception) -> str:
-    known = isinstance(error, (PeerMissing, AccuracyError))
-    return str(error) if known else f"{type(error).__name__}: {bench_peers.first_line(error)}"
-
-
-def _numpy(value: Any) -> Array:
-    if isinstance(value, np.ndarray):
-        return value
-    if hasattr(value, "detach"):
-        value = value.detach().float() if value.dtype.itemsize < 4 else value.detach()
-    found: Array = value.numpy()
-    return found
-
-
-def _bytes(kind: str, given: Mapping[str, Array]) -> int:
-    """The bytes that must move: x (or y) and dy read, y or dx written."""
-    x = given["x"] if "x" in given else given["y"]
-    return int(x.nbytes) * (3 if kind.startswith("backward") else 2)

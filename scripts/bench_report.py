@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from normgraph.scripts.bench_timing import Timing, cores
+from normgraph.scripts.bench_threads import cores
+from normgraph.scripts.bench_timing import Timing
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Row:
              "cold": fresh outputs from memory the system hands out page by page
     timing   None where the peer could not be run or was wrong; `reason` says why
     ratio    its median over that of our kernel with given outputs: above 1 is slower than ours
+    detail   what ran, where the peer says so
+    setup    seconds it took to compile, where it compiles
     """
 
     kind: str
@@ -30,6 +33,8 @@ class Row:
     ratio: float | None = None
     gigabytes_per_second: float | None = None
     reason: str = ""
+    detail: str = ""
+    setup: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
 import statistics
 import sys
 import time
@@ -32,22 +30,6 @@ class Timing:
     high: float
     best: float
     calls: int
-
-
-def pin_threads(count: int) -> None:
-    """Bind OpenMP's threads, one a core; has effect before OpenMP is loaded only."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(count))
-    os.environ.setdefault("OMP_PROC_BIND", "close")
-    os.environ.setdefault("OMP_PLACES", "cores")
-
-
-@functools.cache
-def cores() -> int:
-    """How many cores this process may use, as it was at the first call.
-
-    OpenMP binds the thread that calls it to one core, which then looks like all there are.
-    """
-    return len(os.sched_getaffinity(0))
 
 
 def set_heap(*, warm: bool) -> bool:

@@ -25,6 +25,7 @@ from normgraph.errors import AccuracyError, NormGraphError
 from normgraph.scripts import demo_pictures
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_report import BenchReport
+from normgraph.scripts.bench_roster import BRIEF
 from normgraph.scripts.cli import explain
 from normgraph.scripts.console import Progress, log, table
 from normgraph.scripts.verify import verify, verify_data
@@ -99,7 +100,7 @@ def run_job(
     photographs = verify_data(path, {"x": x, "dy": dy, **parameters}, "photographs")
     say("timing")
     speed = bench(
-        path, x.shape, kinds=("forward", "backward"), rounds=rounds, stock=False, overheads=False
+        path, x.shape, kinds=("forward", "backward"), rounds=rounds, extras=BRIEF, overheads=False
     )
     for name, each in (("verify", random), ("photographs", photographs), ("bench", speed)):
         (folder / f"{name}.txt").write_text(each.to_text() + "\n")

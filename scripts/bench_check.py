@@ -1,0 +1,58 @@
+"""Is a peer right: its results against float64, before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normgraph.errors import AccuracyError
+from normgraph.scripts.bench_peers import Peer, PeerMissing, first_line
+from normgraph.scripts.verify_inputs import Inputs
+from normgraph.scripts.verify_tolerance import ROUNDOFF, relative, scale_of, ulp
+
+Array = NDArray[Any]
+
+
+def check(peer: Peer, kind: str, want: Mapping[str, Array], dtype: str, inputs: Inputs) -> None:
+    """Raise AccuracyError where a result of the peer is far from float64.
+
+    Ten times the tolerance of our own kernels: enough to catch a peer that computes another thing.
+    One that keeps its steps in x's dtype has the same tolerance in units of that dtype.
+    """
+    slack = 0.5 * float(ulp(np.ones(()), dtype)) / ROUNDOFF[dtype] if peer.coarse else 1.0
+    conditions = inputs.conditions(kind)
+    given = {name: value for name, value in peer.call().items() if name in want}
+    if not given and not peer.limit:
+        raise AccuracyError(f"{peer.name}, {kind}: gave none of {', '.join(want)}")
+    for name, value in given.items():
+        found = as_numpy(value).astype(np.float64).reshape(want[name].shape)
+        share = max(10.0, slack) * relative(name, dtype, conditions)
+        bound = share * scale_of(name, want[name], conditions)
+        room = bound + 2.0 * ulp(want[name], dtype)
+        error = np.abs(found - want[name])
+        if not bool(np.all(error <= room)):
+            raise AccuracyError(
+                f"{peer.name}, {kind}, {name}: expected float64's answer within {bound:.1e}, "
+                f"got one off by {float(np.max(error)):.1e}"
+            )
+
+
+def reason(error: Exception) -> str:
+    """Why a peer is not timed, in one line."""
+    known = isinstance(error, (PeerMissing, AccuracyError))
+    return str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+
+
+def as_numpy(value: Any) -> Array:
+    """An array of NumPy, torch (half types widened) or TVM as NumPy's."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):
+        if value.is_mkldnn:
+            value = value.to_dense()
+        value = value.detach().float() if value.dtype.itemsize < 4 else value.detach()
+    found: Array = value.numpy()
+    return found

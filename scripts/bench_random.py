@@ -1,0 +1,291 @@
+"""Random shapes against the best peer: `python -m normgraph.scripts.bench_random --count 200`.
+
+Seeded shapes of all five operators, odd sizes included, x from 4 KB to 64 MB. One artifact is built
+for each operator and channel count (or row length) drawn, every other extent left open, and serves
+all shapes that have it. Our kernel writes into given outputs; a peer that gives fresh ones has them
+from a warm heap. A row is slower when our median lies above the 80th percentile of the best peer;
+such a row is timed once more, for longer, before it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import normgraph
+from normgraph.errors import NormGraphError
+from normgraph.scripts.bench import all_versions
+from normgraph.scripts.bench_peers import OURS, Peer
+from normgraph.scripts.bench_report import Row, machine
+from normgraph.scripts.bench_roster import (
+    Extras,
+    bytes_moved,
+    gather,
+    makers,
+    scene_of,
+)
+from normgraph.scripts.bench_shapes import Draw, draw
+from normgraph.scripts.bench_threads import bound, cores, prepare
+from normgraph.scripts.bench_timing import Timing, set_heap, time_apart
+from normgraph.scripts.console import Progress, log
+from normgraph.scripts.console import table as text_table
+from normgraph.scripts.verify_inputs import Case, Inputs
+from normgraph.spec import DTYPES, OPERATORS
+
+KINDS = ("forward", "inference", "backward")
+FRESH = "normgraph, fresh outputs"
+# A peer this many times slower in a first look is not timed further.
+_HOPELESS = 2.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kind at one shape.
+
+    number   of the shape in the draw: `--only` takes it
+    ratio    our median over that of the best peer: above 1 is slower
+    slower   our median lies above the best peer's 80th percentile
+    limit    median of the copy or the add
+    fresh    ours with outputs allocated by each call
+    """
+
+    number: int
+    op: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    groups: int | None
+    bytes: int
+    ours: Timing
+    fresh: Timing
+    limit: Timing | None
+    best_peer: str
+    ratio: float
+    slower: bool
+    gigabytes_per_second: float
+    peers: dict[str, Timing]
+    missing: dict[str, str]
+
+
+def measure(
+    draws: Sequence[Draw],
+    *,
+    kinds: Sequence[str] = ("forward", "backward"),
+    dtype: str = "float32",
+    threads: int | None = None,
+    rounds: int = 3,
+    seconds: float = 0.008,
+    compiled: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """Time every kind of every draw; see the module for how.
+
+    Raises AccuracyError where our own result is wrong.
+    """
+    count = threads or cores()
+    own_threads = prepare(count)
+    results = []
+    families = list(dict.fromkeys(each.family for each in draws))
+    with tempfile.TemporaryDirectory(prefix="normgraph-bench-") as folder:
+        for place, family in enumerate(families):
+            members = [each for each in draws if each.family == family]
+            spec, declared = family
+            progress(
+                f"{place + 1}/{len(families)} {spec.op} ({','.join(map(str, declared))}): "
+                f"{len(members)} shapes"
+            )
+            root = Path(folder, str(place))
+            normgraph.graphs.export(
+                spec, shape=declared, dtype=dtype, out=root / "graphs", kinds=tuple(kinds)
+            )
+            path = normgraph.compile.build(root / "graphs", target="cpu", out=root / "cpu")
+            operator = normgraph.load(path)
+            for each in members:
+                inputs = Inputs(spec, dtype, Case(each.shape, 0.0), seed=each.number)
+                for kind in kinds:
+                    scene = scene_of(path, operator, kind, inputs, count, own_threads)
+                    named = [
+                        (name, make)
+                        for name, make in makers(
+                            scene, Extras(stock=False, compiled=compiled, onednn=False)
+                        )
+                        if not name.startswith(("normgraph, dx", "memory limit, "))
+                    ]
+                    peers, missing = gather(named, scene)
+                    moved = bytes_moved(kind, scene.given)
+                    with bound(count):
+                        timings = _contest(peers, rounds, seconds)
+                    results.append(_result(each, kind, dtype, timings, missing, moved))
+    return sorted(results, key=lambda result: result.number)
+
+
+def _label(peer: Peer) -> str:
+    if peer.limit:
+        return "limit"
+    return FRESH if peer.name == OURS and peer.fresh else peer.name
+
+
+def _contest(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[str, Timing]:
+    """A first look at everybody, then ours and those not far behind; more where ours loses."""
+    calls = {_label(peer): peer.call for peer in peers}
+    set_heap(warm=True)
+    try:
+        found = time_apart(calls, rounds=1, seconds=seconds / 2)
+        mine = found[OURS].median
+        near = {name: call for name, call in calls.items() if found[name].median < _HOPELESS * mine}
+        found |= time_apart(near, rounds=rounds, seconds=seconds)
+        best = _best(found)
+        if best is not None and found[OURS].median > found[best].high:
+            found |= time_apart(near, rounds=3 * rounds, seconds=2 * seconds)
+    finally:
+        set_heap(warm=False)
+    return found
+
+
+def _best(timings: dict[str, Timing]) -> str | None:
+    """The peer with the smallest median; None without peers."""
+    others = [name for name in timings if name not in (OURS, FRESH, "limit")]
+    return min(others, key=lambda name: timings[name].median, default=None)
+
+
+def _result(
+    each: Draw,
+    kind: str,
+    dtype: str,
+    timings: dict[str, Timing],
+    missing: Sequence[Row],
+    moved: int,
+) -> Result:
+    ours, best = timings[OURS], _best(timings)
+    rival = ours if best is None else timings[best]
+    return Result(
+        number=each.number,
+        op=each.spec.op,
+        kind=kind,
+        dtype=dtype,
+        shape=each.shape,
+        groups=each.spec.groups,
+        bytes=moved,
+        ours=ours,
+        fresh=timings[FRESH],
+        limit=timings.get("limit"),
+        best_peer=best or "",
+        ratio=ours.median / rival.median,
+        slower=ours.median > rival.high,
+        gigabytes_per_second=moved / ours.median / 1e9,
+        peers={
+            name: timing for name, timing in timings.items() if name not in (OURS, FRESH, "limit")
+        },
+        missing={row.peer: row.reason for row in missing},
+    )
+
+
+def as_text(results: Sequence[Result], all_rows: bool = False) -> str:
+    """How many rows are slower, and those, worst first."""
+    slower = [result for result in results if result.slower]
+    shown = sorted(results if all_rows else slower, key=lambda result: -result.ratio)
+    lines = [
+        f"{len(results)} rows: in {len(slower)} the best peer is faster than ours, outside its "
+        "spread. Worst first; milliseconds; ratio: ours over the best peer.",
+    ]
+    if results:
+        ratios = sorted(result.ratio for result in results)
+        lines.append(
+            f"ratio: best {ratios[0]:.3f}, median {ratios[len(ratios) // 2]:.3f}, "
+            f"worst {ratios[-1]:.3f}"
+        )
+    rows = [
+        (
+            each.number,
+            each.op,
+            each.kind,
+            "x".join(map(str, each.shape)),
+            each.groups or "",
+            f"{each.bytes / 1e6:.3g}",
+            f"{each.ours.median * 1e3:.4f}",
+            f"{each.peers[each.best_peer].median * 1e3:.4f}" if each.best_peer else "",
+            f"{each.peers[each.best_peer].high * 1e3:.4f}" if each.best_peer else "",
+            f"{each.ratio:.2f}",
+            "" if each.limit is None else f"{each.ours.median / each.limit.median:.2f}",
+            f"{each.gigabytes_per_second:.1f}",
+            each.best_peer,
+        )
+        for each in shown
+    ]
+    heads = (
+        "number", "operator", "kind", "shape", "groups", "MB moved", "ours", "peer", "peer 80 %",
+        "ratio", "/ limit", "GB/s", "best peer",
+    )  # fmt: skip
+    if rows:
+        lines += ["", text_table(rows, heads)]
+    return "\n".join(lines)
+
+
+def as_json(results: Sequence[Result], settings: dict[str, Any], before: dict[str, Any]) -> str:
+    """Everything, for a program to read."""
+    return json.dumps(
+        {
+            "machine": before,
+            "versions": all_versions(),
+            "settings": settings,
+            "rows": [asdict(result) for result in results],
+        },
+        indent=1,
+    )
+
+
+def main() -> int:
+    """Measure, print the rows that are slower, and write all as JSON."""
+    parser = argparse.ArgumentParser(prog="bench_random", description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=200, help="how many shapes are drawn (200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
+    parser.add_argument("--only", metavar="3,17", help="of the draw, these numbers alone")
+    parser.add_argument("--ops", default=",".join(OPERATORS), metavar="batch_norm,...")
+    parser.add_argument("--kinds", default="forward,backward", help=f"out of {', '.join(KINDS)}")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.008, help="a peer and round")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too: slow")
+    parser.add_argument("--all", action="store_true", help="print every row")
+    options = parser.parse_args()
+    kinds, ops = options.kinds.split(","), options.ops.split(",")
+    for name, known in [(kind, KINDS) for kind in kinds] + [(op, OPERATORS) for op in ops]:
+        if name not in known:
+            parser.error(f"expected names out of {', '.join(known)}; got {name!r}")
+    draws = [each for each in draw(options.count, options.seed) if each.spec.op in ops]
+    if options.only:
+        chosen = {int(number) for number in options.only.split(",")}
+        draws = [each for each in draws if each.number in chosen]
+    before = machine()
+    try:
+        results = measure(
+            draws,
+            kinds=kinds,
+            dtype=options.dtype,
+            threads=options.threads,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            compiled=options.compiled,
+            progress=Progress(),
+        )
+    except NormGraphError as error:
+        log(f"error: {error}")
+        return error.exit_code
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    settings["artifacts"] = "one for each operator and channel count, other extents symbolic"
+    if options.json:
+        options.json.write_text(as_json(results, settings, before))
+    print(as_text(results, options.all))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Who takes part: every peer that could compute one kind of one artifact at one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+import normgraph.graphs.reference as reference
+from normgraph.scripts import bench_floor, bench_onednn, bench_ort, bench_peers, bench_torch
+from normgraph.scripts.bench_check import check, reason
+from normgraph.scripts.bench_peers import DX_ALONE, OURS, Peer
+from normgraph.scripts.bench_report import Row
+from normgraph.scripts.verify_inputs import Inputs, forward_names
+
+Array = NDArray[Any]
+Maker = tuple[str, Callable[[], Peer]]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One kind of one artifact at one shape, with the arrays every peer is given.
+
+    given    the inputs of our kernel; full: those of the forward, and dy, for a peer that computes
+             its own statistics
+    threads  what every peer may use; own_threads: what our kernels can use in this process
+    """
+
+    path: Path
+    operator: Any
+    kind: str
+    inputs: Inputs
+    given: Mapping[str, Array]
+    full: Mapping[str, Array]
+    threads: int
+    own_threads: int
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Peers that need more than they are installed: each may be left out.
+
+    stock     TVM's default pipeline on the same graph: seconds to compile
+    compiled  torch.compile: seconds to compile
+    onednn    oneDNN's own operators, in its own layout too
+    """
+
+    stock: bool = True
+    compiled: bool = True
+    onednn: bool = True
+
+
+BRIEF = Extras(stock=False, compiled=False, onednn=False)
+
+
+def scene_of(
+    path: Path, operator: Any, kind: str, inputs: Inputs, threads: int, own_threads: int
+) -> Scene:
+    """The scene of one kind, with what of `inputs` it takes."""
+    spec = operator.spec
+    entry = operator.manifest["kinds"][kind]
+    given = inputs.take([each["name"] for each in entry["inputs"]])
+    full = inputs.take(forward_names(spec))
+    if kind.startswith("backward"):
+        full["dy"] = inputs.values["dy"]
+    if kind in ("inference", "backward_frozen") and spec.track_running_stats:
+        full |= inputs.take(("running_mean", "running_var"))
+    return Scene(path, operator, kind, inputs, given, full, threads, own_threads)
+
+
+def makers(scene: Scene, extras: Extras) -> list[Maker]:
+    """What makes each peer, under the name it has where it cannot be made."""
+    operator, kind, threads = scene.operator, scene.kind, scene.threads
+    spec, given, full = operator.spec, scene.given, scene.full
+    graph = scene.path / operator.manifest["kinds"][kind]["graph"]["file"]
+    found: list[Maker] = [
+        *own_makers(scene),
+        ("torch eager", lambda: bench_torch.torch_eager(spec, kind, full, threads)),
+        ("onnxruntime, same graph", lambda: bench_ort.same_graph(graph, kind, given, threads)),
+        ("onnxruntime, own operator", lambda: bench_ort.own_operator(spec, kind, full, threads)),
+    ]
+    if spec.op == "instance_norm":
+        found.insert(
+            3,
+            (
+                "torch eager, as group_norm",
+                lambda: bench_torch.torch_as_group_norm(spec, kind, full, threads),
+            ),
+        )
+    if kind.startswith("backward"):
+        found.insert(
+            2,
+            (DX_ALONE, lambda: bench_peers.dx_alone(operator, kind, given, scene.own_threads)),
+        )
+    if extras.onednn:
+        found += _onednn_makers(scene)
+    if extras.compiled:
+        found.append(
+            ("torch.compile", lambda: bench_torch.torch_compiled(spec, kind, full, threads))
+        )
+    if extras.stock:
+        found.append(("stock TVM", lambda: _stock(scene)))
+    return [*found, *limit_makers(scene)]
+
+
+def _onednn_makers(scene: Scene) -> list[Maker]:
+    spec, kind, threads = scene.operator.spec, scene.kind, scene.threads
+    arrays = {**scene.full, **scene.given}
+    found: list[Maker] = [
+        (
+            "oneDNN, row-major",
+            lambda: bench_onednn.onednn(spec, kind, arrays, threads, blocked=False),
+        )
+    ]
+    if spec.op == "batch_norm":
+        found += [
+            (
+                "oneDNN, blocked",
+                lambda: bench_onednn.onednn(spec, kind, arrays, threads, blocked=True),
+            ),
+            (
+                "oneDNN, blocked (torch)",
+                lambda: bench_onednn.torch_blocked(spec, kind, arrays, threads),
+            ),
+        ]
+    return found
+
+
+def own_makers(scene: Scene) -> list[Maker]:
+    """Our kernels, into given arrays and with fresh outputs."""
+    operator, kind, given = scene.operator, scene.kind, scene.given
+    return [
+        (OURS, lambda: bench_peers.ours(operator, kind, given, scene.own_threads, fresh=False)),
+        (OURS, lambda: bench_peers.ours(operator, kind, given, scene.own_threads, fresh=True)),
+    ]
+
+
+def limit_makers(scene: Scene) -> list[Maker]:
+    """The copy or the add, by a library and in C."""
+    kind, given, threads = scene.kind, scene.given, scene.threads
+    return [
+        ("memory limit", lambda: bench_floor.memory_limit(kind, given, threads)),
+        (
+            "memory limit, plain stores",
+            lambda: bench_floor.stream_limit(kind, given, threads, streamed=False),
+        ),
+        (
+            "memory limit, non-temporal stores",
+            lambda: bench_floor.stream_limit(kind, given, threads, streamed=True),
+        ),
+    ]
+
+
+def gather(named: Sequence[Maker], scene: Scene) -> tuple[list[Peer], list[Row]]:
+    """The peers that run and are right, and a row with the reason for every other.
+
+    Raises what our own kernels raise, and AccuracyError where they are wrong.
+    """
+    want = reference.run(scene.operator.spec, scene.kind, scene.given)
+    peers: list[Peer] = []
+    missing: list[Row] = []
+    for name, make in named:
+        try:
+            peer = make()
+            check(peer, scene.kind, want, scene.operator.dtype, scene.inputs)
+        except Exception as error:
+            # Ours must be right to be held against anybody; what another cannot do is its own.
+            if name in (OURS, DX_ALONE):
+                raise
+            missing.append(Row(scene.kind, name, "", scene.threads, reason=reason(error)))
+            continue
+        peers.append(peer)
+    return peers, missing
+
+
+def bytes_moved(kind: str, given: Mapping[str, Array]) -> int:
+    """The bytes that must move: x (or y) and dy read, y or dx written."""
+    x = given["x"] if "x" in given else given["y"]
+    return int(x.nbytes) * (3 if kind.startswith("backward") else 2)
+
+
+def _stock(scene: Scene) -> Peer:
+    operator = scene.operator
+    targets = [library["target"] for library in operator.manifest["libraries"]]
+    return bench_peers.stock_tvm(
+        operator.spec,
+        scene.kind,
+        scene.inputs.case.shape,
+        operator.dtype,
+        scene.given,
+        next(each for each in targets if each["name"] == operator.target),
+        scene.threads,
+    )
