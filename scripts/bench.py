@@ -33,6 +33,8 @@ from normgraph.scripts.verify_inputs import Case, Inputs, check_shape
 _DEFAULT_KINDS = ("forward", "inference", "backward")
 # What symbolic dimensions are set to without --shape: the standard small image batch.
 _DEFAULT_SIZES = (8, 56, 56)
+# A peer this many times slower in a first look is not timed further.
+_HOPELESS = 5.0
 
 
 def bench(
@@ -49,11 +51,12 @@ def bench(
 ) -> BenchReport:
     """Time the kinds of an artifact at `shape` (its own, or 8 and 56s, where not given).
 
-    rounds and seconds: how often peers take turns, and how long each is timed in a turn. `extras`:
-    which peers that take seconds to set up take part (all). `overheads` adds the
-    cost of building and compiling a graph and of a small call. `quiet` is how many seconds to wait
-    at most, before each kind, for other processes to leave the cores. Raises AccuracyError where
-    our own kernel's result is wrong, and the errors of `normgraph.load`.
+    rounds and seconds: how often peers take turns, and how long each is timed in a turn; one five
+    times slower than ours has one turn only. `extras`: which peers that take seconds to set up take
+    part (all). `overheads` adds the cost of building and compiling a graph and of a small call.
+    `quiet` is how many seconds to wait at most, before each kind, for other processes to leave the
+    cores. Raises AccuracyError where our own kernel's result is wrong, and the errors of
+    `normgraph.load`.
     """
     threads, measured_on = cores(), machine()
     own_threads = prepare(threads)
@@ -111,6 +114,9 @@ def _bench_kind(
             wait_for_quiet(quiet)
         timings = _time(peers, rounds, seconds)
     mine = timings[OURS, "given"].median
+    limits = {peer.name: timings[peer.name, "given"].median for peer in peers if peer.limit}
+    floor = next((limits[name] for name in limits if "non-temporal" in name), None)
+    limit = next(iter(limits.values()), None)
     moved = bytes_moved(kind, scene.given)
     rows = [
         Row(
@@ -120,9 +126,13 @@ def _bench_kind(
             peer.threads,
             timing,
             ratio=timing.median / mine,
+            over_limit=timing.median / limit if limit else None,
+            over_floor=timing.median / floor if floor else None,
             gigabytes_per_second=moved / timing.median / 1e9,
             detail=peer.detail,
             setup=peer.setup,
+            limit=peer.limit,
+            blocked=peer.blocked,
         )
         for peer in peers
         for heap in ("given", "warm", "cold")
@@ -133,18 +143,24 @@ def _bench_kind(
 
 
 def _time(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[tuple[str, str], Timing]:
-    """Fresh outputs on a cold heap first, then everything on a warm one."""
+    """Fresh outputs on a cold heap first, then everything on a warm one.
+
+    On the warm one after a first look, in which who is far behind has had its turn.
+    """
     fresh = {peer.name: peer.call for peer in peers if peer.fresh}
     found: dict[tuple[str, str], Timing] = {}
     try:
         if set_heap(warm=False):
-            cold = time_apart(fresh, rounds=max(2, rounds // 2), seconds=seconds)
+            cold = time_apart(fresh, rounds=max(2, rounds // 3), seconds=seconds / 2)
             found |= {(name, "cold"): timing for name, timing in cold.items()}
         set_heap(warm=True)
         calls: Mapping[str, Callable[[], object]] = {
             f"{'warm' if peer.fresh else 'given'} {peer.name}": peer.call for peer in peers
         }
-        warm = time_apart(calls, rounds=rounds, seconds=seconds)
+        warm = time_apart(calls, rounds=2, seconds=seconds / 2)
+        enough = _HOPELESS * warm[f"given {OURS}"].median
+        near = {label: call for label, call in calls.items() if warm[label].best <= enough}
+        warm |= time_apart(near, rounds=rounds, seconds=seconds)
     finally:
         # A warm heap never shrinks: not for the rest of the process.
         set_heap(warm=False)

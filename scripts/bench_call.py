@@ -20,16 +20,16 @@ def costs(path: str, shape: tuple[int, ...]) -> dict[str, float]:
     operator = normgraph.load(path)
     found = {}
     if "inference" in operator.kinds:
-        arguments = _arguments(operator, "inference", shape)
-        out = {"y": np.empty_like(arguments[0])}
-        found["inference"] = time_small(lambda: operator.inference(*arguments, out=out))
+        taken = arguments(operator, "inference", shape)
+        out = {"y": np.empty_like(taken[0])}
+        found["inference"] = time_small(lambda: operator.inference(*taken, out=out))
     if "backward" in operator.kinds:
-        given = _arguments(operator, "backward", shape)
+        given = arguments(operator, "backward", shape)
         found["backward"] = time_small(lambda: operator.backward(*given))
     return found
 
 
-def _arguments(operator: Any, kind: str, shape: tuple[int, ...]) -> list[Any]:
+def arguments(operator: Any, kind: str, shape: tuple[int, ...]) -> list[Any]:
     """Arrays of ones of the right shapes; bfloat16 is not timed here."""
     bound = {
         dim: size for dim, size in zip(operator.shape, shape, strict=True) if isinstance(dim, str)

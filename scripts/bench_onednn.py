@@ -142,6 +142,7 @@ def onednn(
         threads,
         fresh=False,
         coarse=True,
+        blocked=blocked,
         detail=f"{library.implementation(chosen)}, {layout}",
     )
 
@@ -195,7 +196,7 @@ def torch_blocked(spec: NormSpec, kind: str, inputs: Mapping[str, Array], thread
             )
 
     x = blocked("x")
-    name = f"oneDNN {_version_in(torch)}, blocked (torch)"
+    name = f"oneDNN {_version_in(torch)} in torch, blocked"
     if kind != "backward":
         training = kind == "forward"
 
@@ -207,7 +208,7 @@ def torch_blocked(spec: NormSpec, kind: str, inputs: Mapping[str, Array], thread
                     )[0]
                 }
 
-        return Peer(name, call, threads, fresh=True, coarse=True)
+        return Peer(name, call, threads, fresh=True, coarse=True, blocked=True)
     dy = blocked("dy")
     with torch.no_grad():
         _, mean, inv_std = torch.native_batch_norm(
@@ -221,7 +222,7 @@ def torch_blocked(spec: NormSpec, kind: str, inputs: Mapping[str, Array], thread
             )
         return dict(zip(("dx", "dgamma", "dbeta"), found, strict=True))
 
-    return Peer(name, gradients, threads, fresh=True, coarse=True)
+    return Peer(name, gradients, threads, fresh=True, coarse=True, blocked=True)
 
 
 def _version_in(torch: Any) -> str:

@@ -31,6 +31,7 @@ class Peer:
 
     fresh    its outputs are allocated by each call
     coarse   it may round what it keeps between its steps to x's dtype
+    blocked  it has x and dy, and leaves its result, in a blocked layout
     limit    no contender but a copy or an add: there is nothing to hold against float64
     detail   what ran, where the peer says so
     setup    seconds it took to compile, where it compiles
@@ -41,6 +42,7 @@ class Peer:
     threads: int
     fresh: bool
     coarse: bool = False
+    blocked: bool = False
     limit: bool = False
     detail: str = ""
     setup: float | None = None

@@ -138,7 +138,7 @@ def _contest(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[str, Ti
     try:
         found = time_apart(calls, rounds=1, seconds=seconds / 2)
         mine = found[OURS].median
-        near = {name: call for name, call in calls.items() if found[name].median < _HOPELESS * mine}
+        near = {name: call for name, call in calls.items() if found[name].best < _HOPELESS * mine}
         found |= time_apart(near, rounds=rounds, seconds=seconds)
         best = _best(found)
         if best is not None and found[OURS].median > found[best].high:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from normgraph.scripts.bench_peers import OURS
 from normgraph.scripts.bench_threads import cores
 from normgraph.scripts.bench_timing import Timing
+from normgraph.scripts.console import table
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,12 @@ class Row:
              "cold": fresh outputs from memory the system hands out page by page
     timing   None where the peer could not be run or was wrong; `reason` says why
     ratio    its median over that of our kernel with given outputs: above 1 is slower than ours
+    over_limit  its median over that of the copy or the add by a library
+    over_floor  the same with non-temporal stores
     detail   what ran, where the peer says so
     setup    seconds it took to compile, where it compiles
+    limit    it is a copy or an add itself
+    blocked  its arrays are in a blocked layout, not row by row as ours are
     """
 
     kind: str
@@ -31,10 +39,14 @@ class Row:
     threads: int
     timing: Timing | None = None
     ratio: float | None = None
+    over_limit: float | None = None
+    over_floor: float | None = None
     gigabytes_per_second: float | None = None
     reason: str = ""
     detail: str = ""
     setup: float | None = None
+    limit: bool = False
+    blocked: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,47 +84,98 @@ class BenchReport:
         return json.dumps(asdict(self), indent=2)
 
     def find(self, kind: str, peer: str, heap: str) -> Row | None:
-        """The measured row of that peer, or None."""
+        """The measured row of the first peer whose name starts so, or None."""
         for row in self.rows:
             if (row.kind, row.heap) == (kind, heap) and row.peer.startswith(peer) and row.timing:
                 return row
         return None
 
-    def to_text(self) -> str:
+    def best_peer(self, kind: str, *, blocked: bool = False) -> Row | None:
+        """The row of the fastest that is neither ours nor a limit, on a warm heap; or None.
+
+        `blocked`: of those in a blocked layout, else of those that take the arrays as ours do.
+        """
+        rows = [
+            row
+            for row in self.rows
+            if row.kind == kind and row.timing and row.heap != "cold"
+            if not row.limit and not row.peer.startswith(OURS) and row.blocked == blocked
+        ]
+        return min(rows, key=lambda row: row.ratio or math.inf, default=None)
+
+    def head_lines(self) -> list[str]:
+        """The artifact, the machine and the versions."""
         machine = self.machine
-        size = ",".join(map(str, self.shape))
-        lines = [
-            f"{self.artifact}: {self.operator} {self.dtype} ({size})",
+        return [
+            f"{self.artifact}: {self.operator} {self.dtype} ({','.join(map(str, self.shape))})",
             f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "
             f"load {machine['load']} before the start, nice {machine['nice']}",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "",
-            _HEADER,
         ]
-        for row in self.rows:
-            start = f"{row.kind:21}{row.peer:28}{row.heap:9}"
-            if row.timing is None:
-                lines.append(f"{start}not timed: {row.reason}")
-                continue
-            t = row.timing
-            lines.append(
-                f"{start}{row.threads:<8}{t.median * 1e3:10.3f}{t.low * 1e3:9.3f}"
-                f"{t.high * 1e3:9.3f}{t.best * 1e3:9.3f}"
-                f"{row.gigabytes_per_second or 0.0:7.1f}{row.ratio or 0.0:7.2f}"
-            )
-        if machine["load"] > 1.0 and machine["nice"] > -20:
-            lines += ["", "The machine was busy: figures and ratios are not to be trusted."]
-        lines += ["", "ratio: median over that of normgraph with given outputs."]
-        lines += ["GB/s: x read and y written (with dy read in a backward), over the median."]
-        if self.overheads is not None:
-            lines += ["", *overhead_lines(self.overheads)]
+
+    def foot_lines(self) -> list[str]:
+        """What the columns mean, whether the machine was busy, and the overheads."""
+        lines = []
+        if self.machine["load"] > 1.0 and self.machine["nice"] > -20:
+            lines += ["The machine was busy: figures and ratios are not to be trusted.", ""]
+        lines += [
+            "ratio: median over that of normgraph with given outputs; / limit and / floor: over "
+            "the copy or the add, by torch and with non-temporal stores.",
+            "GB/s: x read and y written (with dy read in a backward), over the median.",
+        ]
+        lines += [
+            f"{row.peer}, {row.kind}: compiled in {row.setup:.1f} s"
+            for row in self.rows
+            if row.setup is not None and row.heap == "warm"
+        ]
+        return lines + (["", *overhead_lines(self.overheads)] if self.overheads else [])
+
+    def to_text(self) -> str:
+        timed = [row for row in self.rows if row.timing is not None]
+        missing = [row for row in self.rows if row.timing is None]
+        lines = [*self.head_lines(), "", table([_cells(row) for row in timed], HEADS)]
+        lines += ["", *(_missing(row) for row in missing)] if missing else []
+        return "\n".join([*lines, "", *self.foot_lines()])
+
+    def to_markdown(self) -> str:
+        """The same as Markdown."""
+        head, *rest = self.head_lines()
+        timed = [_cells(row) for row in self.rows if row.timing is not None]
+        missing = [f"- {_missing(row)}" for row in self.rows if row.timing is None]
+        lines = [f"## {head}", "", *(f"{line}.  " for line in rest), ""]
+        lines += markdown_table(timed, HEADS)
+        lines += ["", *missing, *([""] if missing else []), *self.foot_lines()]
         return "\n".join(lines)
 
 
-_HEADER = (
-    f"{'kind':21}{'peer':28}{'outputs':9}{'threads':8}"
-    f"{'median ms':>10}{'20 %':>9}{'80 %':>9}{'fastest':>9}{'GB/s':>7}{'ratio':>7}"
-)
+HEADS = (
+    "kind", "peer", "outputs", "threads", "median ms", "20 %", "80 %", "fastest", "GB/s",
+    "ratio", "/ limit", "/ floor",
+)  # fmt: skip
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    t = row.timing
+    if t is None:
+        return (row.kind, row.peer, row.heap, str(row.threads), *("",) * 8)
+    name = f"{row.peer} [{row.detail}]" if row.detail else row.peer
+    times = (f"{seconds * 1e3:.4g}" for seconds in (t.median, t.low, t.high, t.best))
+    speed = f"{row.gigabytes_per_second or 0.0:.1f}"
+    ratios = (
+        "" if value is None else f"{value:.2f}"
+        for value in (row.ratio, row.over_limit, row.over_floor)
+    )
+    return (row.kind, name, row.heap, str(row.threads), *times, speed, *ratios)
+
+
+def _missing(row: Row) -> str:
+    return f"{row.kind}, {row.peer}: not timed: {row.reason}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "-|" * len(heads)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def overhead_lines(costs: Overheads) -> list[str]:

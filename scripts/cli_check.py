@@ -18,14 +18,29 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Print the table of times."""
+    """Print the table of times; draw it where --plot says."""
     from normgraph.runtime.artifact import open_artifact
     from normgraph.scripts.bench import bench as measure
+    from normgraph.scripts.bench_plot import pyplot, roofline
+    from normgraph.scripts.bench_roster import BRIEF, Extras
 
     known = open_artifact(options.artifact).signatures
     for kind in options.kinds or ():
         if kind not in known:
             raise ArgumentError(f"--kinds: this artifact has {', '.join(known)}; got {kind!r}")
-    report = measure(options.artifact, options.shape, kinds=options.kinds, progress=Progress())
-    print(report.to_json() if options.json else report.to_text())
+    if options.plot is not None:
+        pyplot()  # what is missing is said before anything is measured
+    report = measure(
+        options.artifact,
+        options.shape,
+        kinds=options.kinds,
+        extras=BRIEF if options.brief else Extras(),
+        progress=Progress(),
+    )
+    if options.plot is not None:
+        roofline([report], options.plot)
+    if options.json:
+        print(report.to_json())
+    else:
+        print(report.to_markdown() if options.markdown else report.to_text())
     return 0

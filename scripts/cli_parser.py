@@ -181,6 +181,11 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     _artifact(sub)
     sub.add_argument("--shape", type=numeric_shape, metavar="8,64,56,56", help="of x")
     sub.add_argument("--kinds", type=names, metavar="forward,backward", help="only these")
+    sub.add_argument(
+        "--brief", action="store_true", help="without torch.compile, oneDNN and stock TVM"
+    )
+    sub.add_argument("--plot", type=path, metavar="FILE", help="a roofline: .svg, .png or .pdf")
+    sub.add_argument("--markdown", action="store_true", help="print Markdown")
     _json(sub)
 
 

@@ -31,9 +31,7 @@ def artifact(build_artifact: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def report(artifact: Path) -> BenchReport:
-    return bench(
-        artifact, (2, 6, 5, 7), rounds=2, seconds=0.001, extras=Extras(compiled=False)
-    )
+    return bench(artifact, (2, 6, 5, 7), rounds=2, seconds=0.001, extras=Extras(compiled=False))
 
 
 def quick(
