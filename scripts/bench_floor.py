@@ -52,7 +52,7 @@ def memory_limit(kind: str, inputs: Mapping[str, Array], threads: int) -> Peer:
 def stream_limit(kind: str, inputs: Mapping[str, Array], threads: int, *, streamed: bool) -> Peer:
     """The limit in C, with non-temporal stores or with plain ones."""
     x, other, name = _operands(kind, inputs)
-    library = _library()
+    library = compiled()
     if streamed and not library.floor_streams():
         raise PeerMissing("non-temporal stores are written for x86-64 only")
     out = np.empty_like(x)
@@ -92,7 +92,7 @@ def _operands(kind: str, inputs: Mapping[str, Array]) -> tuple[Array, Array | No
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """The C file, compiled; PeerMissing where that fails."""
     names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
     tool = next((found for name in names if name and (found := shutil.which(name))), None)

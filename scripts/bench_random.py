@@ -120,7 +120,7 @@ def measure(
                     peers, missing = gather(named, scene)
                     moved = bytes_moved(kind, scene.given)
                     with bound(count):
-                        timings = _contest(peers, rounds, seconds)
+                        timings = contest(peers, rounds, seconds)
                     results.append(_result(each, kind, dtype, timings, missing, moved))
     return sorted(results, key=lambda result: result.number)
 
@@ -131,7 +131,7 @@ def _label(peer: Peer) -> str:
     return FRESH if peer.name == OURS and peer.fresh else peer.name
 
 
-def _contest(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[str, Timing]:
+def contest(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[str, Timing]:
     """A first look at everybody, then ours and those not far behind; more where ours loses."""
     calls = {_label(peer): peer.call for peer in peers}
     set_heap(warm=True)

@@ -45,7 +45,7 @@ Array = NDArray[Any]
 
 KINDS = ("forward", "backward")
 SMALLEST, LARGEST, STEP = 1 << 10, 1 << 30, 4
-_REPEATED = 16 << 20
+REPEATED = 16 << 20
 # Arrays of x's size that are alive at once: inputs, our outputs, what torch keeps, the limit's.
 _ALIVE = 8
 OURS, TORCH, LIMIT = "ours", "torch eager", "limit"
@@ -125,7 +125,7 @@ def measure(
             for size in sizes(largest):
                 shape = family.shape(size)
                 progress(f"{threads} threads, {family.spec.op} {','.join(map(str, shape))}")
-                batch = _Batch(family.spec, shape)
+                batch = Batch(family.spec, shape)
                 for kind in KINDS:
                     found.append(
                         _point(operator, batch, kind, (threads, own_threads), rounds, seconds)
@@ -133,12 +133,12 @@ def measure(
     return found
 
 
-class _Batch:
+class Batch:
     """Inputs of one shape, made of a smaller batch repeated `times`."""
 
     def __init__(self, spec: NormSpec, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.times = max(1, 4 * prod(shape) // _REPEATED)
+        self.times = max(1, 4 * prod(shape) // REPEATED)
         self.base = (shape[0] // self.times, *shape[1:])
         self.inputs = Inputs(spec, "float32", Case(self.base, 0.0), seed=0)
         self._tiled: dict[str, Array] = {}
@@ -173,7 +173,7 @@ class _Batch:
 
 def _point(
     operator: Any,
-    batch: _Batch,
+    batch: Batch,
     kind: str,
     threads: tuple[int, int],
     rounds: int,

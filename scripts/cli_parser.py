@@ -89,6 +89,14 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def picture(text: str) -> Path:
+    """The path of a picture in a format that is drawn."""
+    found = path(text)
+    if found.suffix not in (".svg", ".png", ".pdf"):
+        raise argparse.ArgumentTypeError(f"expected a .svg, .png or .pdf file; got {text!r}")
+    return found
+
+
 def seed(text: str) -> int:
     """A seed of NumPy's generators: 0 or more."""
     if not (text.isdecimal() and len(text) <= 40):
@@ -184,7 +192,7 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--brief", action="store_true", help="without torch.compile, oneDNN and stock TVM"
     )
-    sub.add_argument("--plot", type=path, metavar="FILE", help="a roofline: .svg, .png or .pdf")
+    sub.add_argument("--plot", type=picture, metavar="FILE", help="a roofline: .svg, .png or .pdf")
     sub.add_argument("--markdown", action="store_true", help="print Markdown")
     _json(sub)
 

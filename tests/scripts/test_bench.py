@@ -13,7 +13,7 @@ import pytest
 
 from normgraph import NormSpec
 from normgraph.errors import AccuracyError, ArgumentError
-from normgraph.scripts import bench_ort, bench_peers, bench_table, bench_torch
+from normgraph.scripts import bench_ort, bench_peers, bench_torch
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_overheads import small_shape
 from normgraph.scripts.bench_peers import Peer
@@ -51,11 +51,28 @@ def test_peers_and_the_memory_limit_are_there(report: BenchReport) -> None:
         ours = report.find(kind, "normgraph", "given")
         assert ours is not None
         assert ours.ratio == 1.0
+        best = report.best_peer(kind)
+        assert best is not None
+        assert not best.limit
+        assert not best.blocked
+        assert not best.peer.startswith("normgraph")
         assert report.find(kind, "normgraph", "warm") is not None
-        assert report.find(kind, "onnxruntime", "given") is not None
+        assert report.find(kind, "onnxruntime, same graph", "given") is not None
+        own = report.find(kind, "onnxruntime, own operator", "given")
+        assert (own is None) == (kind == "backward")
+        alone = report.find(kind, "normgraph, dx alone", "given")
+        assert (alone is None) == (kind != "backward")
         assert report.find(kind, "stock TVM", "warm") is not None
-        limit = "add of two" if kind == "backward" else "copy of one"
-        assert report.find(kind, limit, "given") is not None
+        name = "add of two arrays" if kind == "backward" else "copy of one array"
+        for stores in ("", " (plain", " (non-temporal"):
+            limit = report.find(kind, name + stores, "given")
+            assert limit is not None
+            assert limit.limit
+            assert limit.timing is not None
+            assert ours.timing is not None
+            if stores != " (plain":
+                over = ours.over_floor if stores else ours.over_limit
+                assert over == pytest.approx(ours.timing.median / limit.timing.median)
 
 
 def test_torch_is_a_peer_where_it_is_installed(report: BenchReport) -> None:
@@ -95,22 +112,12 @@ def test_json_and_text(report: BenchReport) -> None:
         assert row["heap"] in ("given", "warm", "cold")
     for row in read["rows"]:
         assert (row["timing"] is None) == bool(row["reason"])
-    text = report.to_text()
-    assert "onnxruntime" in text
-    assert "building one graph" in text
-
-
-def test_the_standard_table(report: BenchReport) -> None:
-    text = bench_table.markdown([report])
-    for heading in ("## Forward", "## Inference", "## Backward", "## Beside the kernels"):
-        assert heading in text
-    lines = [line for line in text.splitlines() if line.startswith("| batch_norm | 2×6×5×7 |")]
-    assert len(lines) == 6
-    heads = [line for line in text.splitlines() if line.startswith(("| Median", "| Fastest"))]
-    assert len(heads) == 6
-    assert {line.count("|") for line in (*lines, *heads)} == {lines[0].count("|")}
-    operators = {entry.spec.op for entry in bench_table.ENTRIES}
-    assert len(operators) == 5
+    for text in (report.to_text(), report.to_markdown()):
+        assert "onnxruntime, own operator: not timed: ONNX has no operator" in text
+        assert "building one graph" in text
+    table = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(timed)
+    assert len({line.count("|") for line in table}) == 1
 
 
 def test_a_peer_that_is_wrong_is_not_timed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

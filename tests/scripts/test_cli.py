@@ -52,6 +52,7 @@ def test_help(command: str, cli: Callable[..., Any]) -> None:
         ("compile g -o o --target z80", "z80"),
         ("verify a --shape N,4,5", "N,4,5"),
         ("bench a --shape 1.5", "1.5"),
+        ("bench a --plot times.txt", "times.txt"),
         ("run a", "KIND"),
         ("export instance_norm --shape N,99999999999999999999 -o o", "2^63"),
         (f"export instance_norm --shape N,{'9' * 5000},L -o o", "2^63"),

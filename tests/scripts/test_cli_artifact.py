@@ -201,10 +201,19 @@ def test_verify_refuses_a_shape_that_does_not_fit(cli: Callable[..., Any], artif
     assert "memory" in err
 
 
-@pytest.mark.parametrize(("flag", "text"), [((), "a table"), (("--json",), "{}")])
+@pytest.mark.parametrize(
+    ("flag", "text", "stock"),
+    [
+        ((), "a table", True),
+        (("--json",), "{}", True),
+        (("--markdown",), "| a |", True),
+        (("--brief",), "a table", False),
+    ],
+)
 def test_bench_passes_its_options_on(
     flag: tuple[str, ...],
     text: str,
+    stock: bool,
     cli: Callable[..., Any],
     artifact: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,8 +228,13 @@ def test_bench_passes_its_options_on(
         def to_json(self) -> str:
             return "{}"
 
-    def fake(path: Path, shape: Any, *, kinds: Any, progress: Callable[[str], None]) -> FakeReport:
-        asked.extend([path, shape, kinds])
+        def to_markdown(self) -> str:
+            return "| a |"
+
+    def fake(
+        path: Path, shape: Any, *, kinds: Any, extras: Any, progress: Callable[[str], None]
+    ) -> FakeReport:
+        asked.extend([path, shape, kinds, extras.stock])
         progress("measuring")
         return FakeReport()
 
@@ -229,7 +243,7 @@ def test_bench_passes_its_options_on(
         "bench", artifact, "--shape", "2,4,7", "--kinds", "forward,inference", *flag
     )
     assert (code, out) == (0, text + "\n")
-    assert asked == [artifact, (2, 4, 7), ("forward", "inference")]
+    assert asked == [artifact, (2, 4, 7), ("forward", "inference"), stock]
     assert "measuring" in err
 
 

@@ -1,0 +1,190 @@
+"""Random shapes and the sweep: what is drawn, what counts as slower, what a wrong result does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from normgraph import NormSpec
+from normgraph.errors import AccuracyError
+from normgraph.scripts import bench_random, bench_sweep
+from normgraph.scripts.bench_costs import costs_of
+from normgraph.scripts.bench_peers import Peer
+from normgraph.scripts.bench_random import as_json, as_text, measure
+from normgraph.scripts.bench_shapes import LEAST, MOST, draw
+from normgraph.scripts.bench_timing import Timing
+from normgraph.spec import OPERATORS
+
+
+@pytest.fixture(scope="session")
+def results() -> list[bench_random.Result]:
+    """The smallest shape of each operator, timed for a moment."""
+    drawn = draw(100, 0)
+    smallest = [
+        min((each for each in drawn if each.spec.op == op), key=lambda each: prod(each.shape))
+        for op in OPERATORS
+    ]
+    return measure(smallest, rounds=1, seconds=0.0005)
+
+
+def test_the_draw_is_the_same_for_the_same_seed() -> None:
+    assert draw(50, 3) == draw(50, 3)
+    assert draw(50, 3) != draw(50, 4)
+    assert draw(50, 3) == draw(90, 3)[:50]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_draw_covers_sizes_and_operators(seed: int) -> None:
+    drawn = draw(200, seed)
+    assert {each.spec.op for each in drawn} == set(OPERATORS)
+    sizes = sorted(4 * prod(each.shape) for each in drawn)
+    assert sizes[0] >= LEAST / 4
+    assert sizes[-1] <= 1.5 * MOST
+    assert sizes[len(sizes) // 4] < 1 << 20 < sizes[3 * len(sizes) // 4]
+    assert any(size % 2 for each in drawn for size in each.shape)
+    for each in drawn:
+        assert all(size >= 1 for size in each.shape)
+        for dim, size in zip(each.declared, each.shape, strict=True):
+            assert isinstance(dim, str) or dim == size
+        if each.spec.groups:
+            assert each.shape[1] % each.spec.groups == 0
+        if each.spec.op == "batch_norm":
+            assert prod(each.shape) > each.shape[1]
+
+
+def test_rows_have_ours_a_peer_and_the_limit(results: list[bench_random.Result]) -> None:
+    assert {(each.op, each.kind) for each in results} == {
+        (op, kind) for op in OPERATORS for kind in ("forward", "backward")
+    }
+    for each in results:
+        assert each.best_peer in each.peers
+        best = each.peers[each.best_peer]
+        assert best.median == min(timing.median for timing in each.peers.values())
+        assert each.ratio == pytest.approx(each.ours.median / best.median)
+        assert each.slower == (each.ours.median > best.high)
+        assert each.limit is not None
+        assert each.fresh.calls > 0
+
+
+def test_slower_rows_are_listed_worst_first(results: list[bench_random.Result]) -> None:
+    made = [
+        replace(each, number=place, ratio=1.0 + place, slower=place > 0)
+        for place, each in enumerate(results[:3])
+    ]
+    text = as_text(made)
+    assert "3 rows: in 2 the best peer is faster" in text
+    table = [line.split()[0] for line in text.splitlines()[-2:]]
+    assert table == ["2", "1"]
+    assert "0 rows" in as_text([])
+    assert len(as_text(made, all_rows=True).splitlines()) == len(text.splitlines()) + 1
+
+
+def test_json(results: list[bench_random.Result]) -> None:
+    read = json.loads(as_json(results, {"seed": 0}, {"cores": 2}))
+    assert set(read) == {"machine", "versions", "settings", "rows"}
+    assert len(read["rows"]) == len(results)
+    assert set(read["rows"][0]["ours"]) == {"median", "low", "high", "best", "calls"}
+
+
+def test_a_row_that_looks_slower_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[str, ...], int]] = []
+    ours = [2.0, 2.0, 0.5]
+
+    def fake(calls: Any, *, rounds: int, seconds: float) -> Any:
+        seconds_of = {"normgraph": ours[len(asked)], "near": 1.0, "far": 99.0}
+        asked.append((tuple(calls), rounds))
+        return {
+            name: Timing(each, each, each, each, 2)
+            for name in calls
+            for each in [seconds_of.get(name, 1.0)]
+        }
+
+    monkeypatch.setattr(bench_random, "time_apart", fake)
+    peers = [
+        Peer("normgraph", dict, 2, fresh=False),
+        Peer("near", dict, 2, fresh=False),
+        Peer("far", dict, 2, fresh=True),
+    ]
+    found = bench_random.contest(peers, rounds=2, seconds=0.01)
+    assert [names for names, _ in asked] == [
+        ("normgraph", "near", "far"), ("normgraph", "near"), ("normgraph", "near"),
+    ]  # fmt: skip
+    assert asked[2][1] > asked[1][1]
+    assert found["normgraph"].median == 0.5
+
+
+@pytest.mark.parametrize("family", bench_sweep.FAMILIES, ids=lambda each: each.spec.op)
+def test_shapes_of_the_sweep_have_the_size(family: bench_sweep.Family) -> None:
+    size = bench_sweep.SMALLEST
+    while size <= bench_sweep.LARGEST:
+        shape = family.shape(size)
+        assert 4 * prod(shape) == size
+        for dim, each in zip(family.declared, shape, strict=True):
+            assert isinstance(dim, str) or dim == each
+        size *= bench_sweep.STEP
+
+
+def test_sizes_of_the_sweep_stop_where_memory_does() -> None:
+    assert bench_sweep.sizes(1 << 14) == [1 << 10, 1 << 12, 1 << 14]
+    assert bench_sweep.sizes(1 << 60)[-1] < 1 << 50
+
+
+def test_the_sweep_measures_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a batch repeated four times."""
+    monkeypatch.setattr(bench_sweep, "REPEATED", 1 << 12)
+    monkeypatch.setattr(bench_sweep, "sizes", lambda _: [1 << 14])
+    for family in (bench_sweep.FAMILIES[1], bench_sweep.FAMILIES[3]):
+        points = bench_sweep.measure([family], 2, 1 << 14, 1, 0.0005, lambda _: None)
+        assert [point.kind for point in points] == ["forward", "backward"]
+        for point in points:
+            assert 4 * prod(point.shape) == point.size == 1 << 14
+            assert "ours" in point.seconds
+            assert set(point.seconds) | set(point.missing) == {"ours", "torch eager", "limit"}
+
+
+@pytest.mark.parametrize("wrong", ["dx", "dgamma"])
+def test_a_repeated_batch_with_one_wrong_part_is_found(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_sweep, "REPEATED", 1 << 12)
+    batch = bench_sweep.Batch(NormSpec("layer_norm"), (16, 256))
+    assert batch.times == 4
+    want = {"dx": np.ones((4, 256)), "dgamma": np.ones(256)}
+    good = {"dx": np.ones((16, 256), np.float32), "dgamma": np.full(256, 4, np.float32)}
+    batch.check(Peer("good", lambda: good, 1, fresh=False), "backward", want)
+    bad = {name: array.copy() for name, array in good.items()}
+    bad[wrong][-1] = 2.0
+    with pytest.raises(AccuracyError, match=f"bad, backward, {wrong}"):
+        batch.check(Peer("bad", lambda: bad, 1, fresh=False), "backward", want)
+
+
+def test_costs_beside_the_kernels() -> None:
+    costs = costs_of(NormSpec("rms_norm"), ("N", 8), (64, 8))
+    assert set(costs.calls) == {"inference", "backward"}
+    assert set(costs.memory) == {"forward", "backward"}
+    assert 0 < costs.library < costs.size
+    assert costs.compile > 0.0
+    assert costs.load > 0.0
+
+
+def test_the_commands_refuse_what_they_do_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, arguments in (
+        (bench_random, ["--ops", "polish"]),
+        (bench_random, ["--kinds", "sideways"]),
+        (bench_sweep, ["--ops", "polish"]),
+    ):
+        monkeypatch.setattr("sys.argv", ["bench", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        assert stop.value.code == 2
+        assert arguments[1] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
