@@ -64,7 +64,6 @@ def stream_limit(kind: str, inputs: Mapping[str, Array], threads: int, *, stream
             raise PeerMissing(f"this machine has no instructions for {x.dtype.name}")
         function = getattr(library, f"floor_add_{x.dtype.name}")
         pointers.append(ctypes.c_void_p(other.ctypes.data))
-    function.restype = None
 
     def call() -> Mapping[str, Any]:
         function(*pointers, size, int(streamed), threads)

@@ -148,9 +148,12 @@ class Batch:
         for name in names:
             if name not in self._tiled:
                 value = self.inputs.values[name]
-                along = value.ndim > 0 and value.shape[0] == self.base[0] and value.ndim > 1
-                reps = (self.times, *(1,) * (value.ndim - 1)) if along else (1,)
-                self._tiled[name] = np.tile(value, reps) if self.times > 1 else value
+                along = name in ("x", "dy") or (
+                    name in ("mean", "inv_std") and self.inputs.spec.op != "batch_norm"
+                )
+                if along and self.times > 1:
+                    value = np.tile(value, (self.times, *(1,) * (value.ndim - 1)))
+                self._tiled[name] = value
         return {name: self._tiled[name] for name in names}
 
     def check(self, peer: Peer, kind: str, want: Mapping[str, Array]) -> None:

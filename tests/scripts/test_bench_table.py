@@ -223,7 +223,7 @@ def test_the_document_of_growth(tmp_path: Path) -> None:
     costs = Costs("rms_norm", 0.5, 2e-3, 3000, 2000, {"inference": 3e-6}, (4, 8), {}, (9, 8))
     plots = draw(points, tmp_path / "growth.md")
     text = growth_document(points, [costs], MACHINE, "a command", plots)
-    for part in ("1 KB", "1 GB", "## Backward, 2 threads", "## Forward, 1 thread", "2 ms"):
+    for part in ("1 KB", "1 GB", "## Backward, 2 threads", "## Forward, 1 thread", "2.0 ms"):
         assert part in text
     line = next(line for line in text.splitlines() if line.startswith("| 1 KB | layer_norm"))
     assert "| 1 µs | 2.05 | 3 µs | 0.5 µs | 3.00 | 2.00 |" in line
