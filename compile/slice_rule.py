@@ -150,19 +150,25 @@ class _Emitter:
     def _row_ranges(self, kind: str) -> Stmt:
         if self.plan.lead_axes:
             raise NotCanonical("sums across slices that are not contiguous")
+        slice_axes = frozenset(self.plan.slice_axes)
+        # Neighbouring rows add to the same columns (not so a group's channels).
+        side_by_side = not any(s.op.out.axes & slice_axes for s in self.plan.column_sums)
 
         def task(chunk: Expr) -> Stmt:
             stmts: list[Stmt] = [self.frame.clear_partials(chunk)]
             first = bind("first", _share(self.slices, chunk), stmts)
             last = bind("last", _share(self.slices, plus(chunk, i64(1))), stmts)
-            fours = bind("fours", floordiv(tirx.Sub(last, first), _COLUMN_ROWS), stmts)
-            rest = bind("rest", plus(first, times(fours, i64(_COLUMN_ROWS))), stmts)
+            rest = first
+            if side_by_side:
+                fours = bind("fours", floordiv(tirx.Sub(last, first), _COLUMN_ROWS), stmts)
+                rest = bind("rest", plus(first, times(fours, i64(_COLUMN_ROWS))), stmts)
 
             def four(index: Expr) -> Stmt:
                 start = plus(first, times(index, i64(_COLUMN_ROWS)))
                 return self._work(Block(start, i64(_COLUMN_ROWS), _COLUMN_ROWS, chunk), kind)
 
-            stmts.append(loop(fours, four, name="rows"))
+            if side_by_side:
+                stmts.append(loop(fours, four, name="rows"))
             one = loop(
                 tirx.Sub(last, rest),
                 lambda index: self._work(Block(plus(rest, index), i64(1), 1, chunk), kind),
