@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.ir.prim.expr import FloatImm
 
-from normgraph.compile.tensor_program import Apply, Load, Node, Scalar
+from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, loads
 from normgraph.compile.tir import Expr
 
 Varies = Callable[[Node], bool]
@@ -31,10 +31,17 @@ class _Sum:
 
 
 def multiplied_out(value: Node, varies: Varies) -> Node:
-    """`value` as a sum of products. `varies` says whether a node changes along the row."""
+    """`value` as a sum of products. `varies` says whether a node changes along the row.
+
+    A value in which a product stands twice is left as it is: its terms may be meant to cancel
+    (those of dx where each slice is one element do), which they do exactly only as written.
+    """
     if isinstance(value, Apply) and varies(value):
         if _is_linear(value):
-            return _written(_expanded(value, varies))
+            parts = _expanded(value, varies)
+            operands = [sorted(id(t) for t in loads(term)) for _, term in parts.terms]
+            twice = any(each in operands[:k] for k, each in enumerate(operands))
+            return value if twice else _written(parts)
         return Apply(value.make, tuple(multiplied_out(arg, varies) for arg in value.args))
     return value
 

@@ -21,13 +21,8 @@ from normgraph.compile.tensor_program import (
 
 
 def settle(plan: SlicePlan) -> None:
-    """Rewrite the passes of `plan` so, where its slices have values of their own.
-
-    They have none where each is one element: dx is then zero because equal terms cancel, which they
-    only do as the graph has them.
-    """
-    if plan.per_slice:
-        _Coefficients(plan).run()
+    """Rewrite the passes of `plan` so."""
+    _Coefficients(plan).run()
 
 
 class _Coefficients:
