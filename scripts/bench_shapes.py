@@ -41,7 +41,7 @@ def draw(count: int, seed: int) -> list[Draw]:
         op = OPERATORS[number % len(OPERATORS)]
         spec, declared = families[op][int(random.integers(_FAMILIES))]
         elements = int(_spread(random, LEAST, MOST)) // 4
-        found.append(Draw(number, spec, declared, _shape(random, declared, elements)))
+        found.append(Draw(number, spec, declared, _shape(random, op, declared, elements)))
     return found
 
 
@@ -59,7 +59,7 @@ def _family(random: np.random.Generator, op: str) -> tuple[NormSpec, tuple[int |
 
 
 def _shape(
-    random: np.random.Generator, declared: tuple[int | str, ...], elements: int
+    random: np.random.Generator, op: str, declared: tuple[int | str, ...], elements: int
 ) -> tuple[int, ...]:
     """Sizes for the open extents that make about `elements` in all, at least two a channel."""
     fixed = math.prod(dim for dim in declared if isinstance(dim, int))
@@ -76,6 +76,9 @@ def _shape(
         sizes[name] = max(1, min(left, round(side)))
         left = max(1, left // sizes[name])
         space *= sizes[name]
+    if space == 1 and names and op in ("instance_norm", "group_norm"):
+        # One value has no variance: training refuses it.
+        sizes[names[-1]] = space = 2
     sizes["N"] = max(2 if space == 1 else 1, batch)
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in declared)
 
