@@ -27,7 +27,7 @@ class Streaming:
     def __init__(self, target: Target) -> None:
         self.used: set[tuple[str, int]] = set()
         self.x86 = target.triple.startswith("x86_64")
-        self.cache_bytes = _last_level_cache() if target.name == "cpu" else _USUAL_CACHE
+        self.cache_bytes = last_level_cache() if target.name == "cpu" else _USUAL_CACHE
 
     def unaligned(self, element: Expr, dtype: str, lanes: int) -> Expr:
         """How many elements from this one on lie in front of the first aligned vector."""
@@ -89,7 +89,7 @@ def _vector_functions(dtype: str, lanes: int) -> list[str]:
     ]
 
 
-def _last_level_cache() -> int:
+def last_level_cache() -> int:
     """This machine's, in bytes."""
     caches = Path("/sys/devices/system/cpu/cpu0/cache")
     sizes = [path.read_text().strip() for path in sorted(caches.glob("index*/size"))]

@@ -1,0 +1,147 @@
+"""Where the rule changes its way: every length of a row, every block, every way through columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from normgraph import NormSpec
+from normgraph.graphs import reference
+
+Array = NDArray[Any]
+
+
+def _given(spec: NormSpec, x: Array) -> dict[str, Array]:
+    channels = x.shape[-1] if spec.op in ("layer_norm", "rms_norm") else x.shape[1]
+    given = {"x": x, "gamma": np.linspace(0.5, 1.5, channels).astype(x.dtype)}
+    if spec.op != "rms_norm":
+        given["beta"] = np.linspace(-1.0, 1.0, channels).astype(x.dtype)
+    if spec.track_running_stats:
+        given["running_mean"] = np.zeros(channels, x.dtype)
+        given["running_var"] = np.ones(channels, x.dtype)
+    return given
+
+
+def _hold(operator: Any, shape: tuple[int, ...], dtype: str = "float32") -> None:
+    """Forward and backward against float64, everything and each output alone."""
+    random = np.random.default_rng(sum(shape))
+    x, dy = (random.standard_normal(shape).astype(dtype) for _ in range(2))
+    given = _given(operator.spec, x)
+    want = reference.run(operator.spec, "forward", given)
+    found = operator.forward(*given.values())
+    _close(found, want, dtype, shape)
+    saved = {n: getattr(found, n) for n in ("mean", "inv_std") if hasattr(found, n)}
+    arguments = {"dy": dy, "x": x, "gamma": given["gamma"], **saved}
+    answers = reference.run(operator.spec, "backward", arguments)
+    _close(operator.backward(*arguments.values()), answers, dtype, shape)
+    for name in answers:
+        alone = operator.backward(*arguments.values(), want=(name,))
+        _compare(alone, answers[name], answers[name], dtype, (name, shape))
+        total = np.full(answers[name].shape, 2.0, dtype)
+        operator.backward(*arguments.values(), want=(name,), out={name: total}, grad_req="add")
+        _compare(total, answers[name] + 2.0, answers[name], dtype, (name, shape))
+
+
+def _close(found: Any, want: dict[str, Array], dtype: str, shape: tuple[int, ...]) -> None:
+    for name, answer in want.items():
+        _compare(getattr(found, name), answer, answer, dtype, (name, shape))
+
+
+def _compare(found: Array, want: Array, size: Array, dtype: str, where: object) -> None:
+    error = np.max(np.abs(found - want))
+    room = (2e-5 if dtype == "float32" else 1e-12) * max(1.0, float(np.max(np.abs(size))))
+    assert error <= room, (where, error)
+
+
+# Around multiples of a vector and of the registers of a sum, on either side.
+LENGTHS = (2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 47, 49, 63, 64, 65, 127, 129, 196, 255, 257, 1025)
+
+
+@pytest.mark.parametrize("op", ["instance_norm", "batch_norm"])
+def test_every_length_of_a_row(op: str, build_operator: Callable[..., Any]) -> None:
+    operator = build_operator(NormSpec(op), ("N", 3, "L"), kinds=("forward", "backward"))
+    for length in LENGTHS:
+        # Few rows on the calling thread; enough of them for the parallel loop.
+        for n in (2, 40000 // (3 * length) + 1):
+            _hold(operator, (n, 3, length))
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("length", [2, 5, 8, 17, 31, 48, 129])
+def test_rows_side_by_side(op: str, length: int, build_operator: Callable[..., Any]) -> None:
+    operator = build_operator(NormSpec(op), ("N", length), kinds=("forward", "backward"))
+    for n in (1, 3, 5, 63, 66, 40000 // length + 3):
+        _hold(operator, (n, length))
+
+
+@pytest.mark.parametrize("slices", [1, 7, 8, 9, 15, 16, 17, 33, 130])
+def test_every_number_of_slices(slices: int, build_operator: Callable[..., Any]) -> None:
+    """Blocks that are full, that are not, and one slice to a block."""
+    for op in ("instance_norm", "batch_norm"):
+        operator = build_operator(NormSpec(op), ("N", slices, "L"), kinds=("forward", "backward"))
+        for length in (49, 40000 // slices + 5):
+            _hold(operator, (2, slices, length))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 64, 65, 130])
+def test_matrices(columns: int, build_operator: Callable[..., Any]) -> None:
+    """Few rows, one block of columns a task; many rows, all columns together; and serially."""
+    spec = NormSpec("batch_norm")
+    operator = build_operator(spec, ("N", columns), kinds=("forward", "backward"))
+    for rows in (2, 5, 255, 257, 260, 40000 // columns + 7):
+        _hold(operator, (rows, columns))
+
+
+def test_matrices_of_float64(build_operator: Callable[..., Any]) -> None:
+    spec = NormSpec("batch_norm")
+    operator = build_operator(spec, ("N", 37), "float64", kinds=("forward", "backward"))
+    for rows in (255, 1500):
+        _hold(operator, (rows, 37), "float64")
+
+
+def test_inference_of_a_matrix(build_operator: Callable[..., Any]) -> None:
+    spec = NormSpec("batch_norm")
+    operator = build_operator(spec, ("N", 70), kinds=("inference",))
+    for rows in (1, 3, 300, 1000):
+        x = np.random.default_rng(rows).standard_normal((rows, 70)).astype(np.float32)
+        given = _given(spec, x)
+        want = reference.run(operator.spec, "inference", given)["y"]
+        _compare(operator.inference(*given.values()), want, want, "float32", rows)
+
+
+def test_running_statistics_in_place(build_operator: Callable[..., Any]) -> None:
+    """new_running_* may be running_*, also where all columns are done together."""
+    spec = NormSpec("batch_norm")
+    for shape in ((1000, 70), (8, 70, 5, 5), (3, 70, 61, 67)):
+        declared = ("N", 70, *("HW"[: len(shape) - 2]))
+        operator = build_operator(spec, declared, kinds=("forward",))
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) + np.float32(2)
+        given = _given(spec, x)
+        want = reference.run(operator.spec, "forward", given)
+        mean, var = given["running_mean"].copy(), given["running_var"].copy()
+        operator.forward(
+            x,
+            given["gamma"],
+            given["beta"],
+            mean,
+            var,
+            out={"new_running_mean": mean, "new_running_var": var},
+        )
+        _compare(mean, want["new_running_mean"], want["new_running_mean"], "float32", shape)
+        _compare(var, want["new_running_var"], want["new_running_var"], "float32", shape)
+
+
+def test_results_do_not_depend_on_where_rows_lie(build_operator: Callable[..., Any]) -> None:
+    """Each slice has the same result alone and among others: no neighbour leaks into it."""
+    operator = build_operator(NormSpec("instance_norm"), ("N", 3, "L"), kinds=("forward",))
+    gamma, beta = np.ones(3, np.float32), np.zeros(3, np.float32)
+    x = np.random.default_rng(0).standard_normal((300, 3, 49)).astype(np.float32)
+    x[1::2] *= np.float32(1e6)
+    whole = operator.forward(x, gamma, beta).y
+    for n in (0, 1, 17, 299):
+        alone = operator.forward(x[n : n + 1], gamma, beta).y
+        np.testing.assert_allclose(whole[n : n + 1], alone, rtol=1e-6, atol=1e-6)

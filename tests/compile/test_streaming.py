@@ -1,0 +1,120 @@
+"""Outputs stored past the caches: forced at every size, at every alignment, in every type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import normgraph
+from normgraph import NormSpec
+from normgraph.compile import streaming
+from normgraph.graphs import reference
+
+Array = NDArray[Any]
+# Rows shorter than what is streamed, of every length modulo a vector, of one alignment and not.
+SHAPES = {
+    "instance_norm": (("N", 5, "H", "W"), ((3, 5, 61, 67), (40, 5, 13, 13), (9, 5, 64, 64))),
+    "batch_norm": (("N", 5, "H", "W"), ((3, 5, 61, 67), (300, 5, 5, 5), (9, 5, 64, 64))),
+    "group_norm": (("N", 6, "H", "W"), ((9, 6, 31, 37),)),
+    "layer_norm": (("N", 1000), ((70, 1000),)),
+    "rms_norm": (("N", 1024), ((70, 1024),)),
+}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@pytest.fixture
+def streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Builds an operator whose outputs count as larger than the caches at any size."""
+    monkeypatch.setattr(streaming, "last_level_cache", lambda: 0)
+
+    def build(spec: NormSpec, shape: tuple[int | str, ...], dtype: str = "float32") -> Any:
+        return normgraph.build(
+            spec,
+            shape=shape,
+            dtype=dtype,
+            kinds=("forward", "backward"),
+            out=tmp_path / "artifact",
+        )
+
+    return build
+
+
+def _placed(shape: tuple[int, ...], dtype: Any, ahead: int) -> Array:
+    """An array `ahead` elements behind a 64-byte boundary, surrounded by marks."""
+    count = int(np.prod(shape))
+    memory = np.full(count + 256, -77.0, dtype)
+    first = (-memory.ctypes.data // memory.itemsize) % (64 // memory.itemsize) + 64 + ahead
+    return memory[first : first + count].reshape(shape)
+
+
+def _marks_left(array: Array) -> bool:
+    memory = array.base
+    assert memory is not None
+    first = (array.ctypes.data - memory.ctypes.data) // memory.itemsize
+    outside = np.concatenate([memory[:first], memory[first + array.size :]])
+    return bool(np.all(outside.astype(np.float32) == -77.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("op", SHAPES)
+def test_every_alignment(op: str, dtype: str, streamed: Callable[..., Any]) -> None:
+    declared, shapes = SHAPES[op]
+    spec = NormSpec(op, groups=2 if op == "group_norm" else None)
+    operator = streamed(spec, declared, dtype)
+    own = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    random = np.random.default_rng(0)
+    for shape in shapes:
+        x, dy = (random.standard_normal(shape).astype(own) for _ in range(2))
+        channels = shape[-1] if op in ("layer_norm", "rms_norm") else shape[1]
+        gamma = np.linspace(0.5, 1.5, channels).astype(own)
+        given = {"x": x, "gamma": gamma}
+        if op != "rms_norm":
+            given["beta"] = np.linspace(-1.0, 1.0, channels).astype(own)
+        if spec.track_running_stats:
+            statistic = np.float64 if dtype == "float64" else np.float32
+            given["running_mean"] = np.zeros(channels, statistic)
+            given["running_var"] = np.ones(channels, statistic)
+        want = reference.run(operator.spec, "forward", given)
+        for ahead in (0, 1, 4, 7, 15):
+            y = _placed(shape, own, ahead)
+            found = operator.forward(*given.values(), out={"y": y})
+            _close(y, want["y"], dtype)
+            assert _marks_left(y)
+        saved = {n: getattr(found, n) for n in ("mean", "inv_std") if hasattr(found, n)}
+        answers = reference.run(
+            operator.spec, "backward", {"dy": dy, "x": x, "gamma": gamma, **saved}
+        )
+        for ahead in (0, 3, 8):
+            dx = _placed(shape, own, ahead)
+            gradients = operator.backward(dy, x, gamma, *saved.values(), out={"dx": dx})
+            for name, answer in answers.items():
+                _close(getattr(gradients, name), answer, dtype)
+            assert _marks_left(dx)
+
+
+def _close(found: Array, want: Array, dtype: str) -> None:
+    error = np.max(np.abs(found.astype(np.float64) - want))
+    assert error <= TOLERANCE[dtype] * np.max(np.abs(want))
+
+
+def test_the_caller_sees_what_was_streamed(streamed: Callable[..., Any]) -> None:
+    """Streamed stores are fenced before a task ends: no reader of another thread is early."""
+    operator = streamed(NormSpec("instance_norm"), ("N", 5, "H", "W"))
+    x = np.random.default_rng(0).standard_normal((8, 5, 96, 96)).astype(np.float32)
+    gamma, beta = np.ones(5, np.float32), np.zeros(5, np.float32)
+    want = operator.forward(x, gamma, beta).y.copy()
+    y = np.empty_like(x)
+    for _ in range(200):
+        y.fill(np.nan)
+        operator.forward(x, gamma, beta, out={"y": y})
+        np.testing.assert_array_equal(y, want)
+
+
+def test_the_cache_of_this_machine_is_known() -> None:
+    assert 1 << 18 <= streaming.last_level_cache() <= 1 << 34
