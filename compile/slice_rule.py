@@ -4,28 +4,47 @@ Pattern. A function that `tensor_program` can read and `slice_plan` can order: s
 slices (a row, a plane, a channel), element-wise outputs, sums across slices.
 
 Strategy.
- 1. Slices are spread over the threads, or left to the calling one where there is little to do.
-    Where they lie behind each other in memory each is one contiguous piece; where other axes come
-    before them (batch norm's n) a task takes a block of neighbouring channels, so that it reads
-    runs of at least 12 KB, or, with nothing behind the channel axis, a run of channels at once as
-    the vector.
- 2. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
+ 1. The plan is brought into the form that costs least: centred sums around the mean of a sample
+    instead of the mean (`shifted_sums`), values multiplied out and what is the same for a slice
+    taken out of its rows (`affine`, `coefficients`).
+ 2. Slices are spread over the threads, or left to the calling one where there is little to do. A
+    task takes a block of neighbouring slices of at least 12 KB together (where other axes come
+    before them, as batch norm's n, 12 KB of each such row), or one slice that is as long. With
+    nothing behind the channel axis it takes a run of channels as the vector, and for many rows
+    all columns together (`column_work`).
+ 3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache.
- 3. What has one element a slice is computed between passes and stays beside the loop.
- 4. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
-    sum for each of a fixed number of row ranges; of per-slice values through a workspace of the
-    statistics' size. Both are combined at the end in a fixed order, so results do not depend on
-    the number of threads.
- 5. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
+ 4. What has one element a slice is computed between passes, for the block in vectors
+    (`slice_values`).
+ 5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
+    sum for each of a fixed number of row ranges, four rows side by side; of per-slice values
+    through a workspace of the statistics' size. Both are combined at the end in a fixed order, so
+    results do not depend on the number of threads.
+ 6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
+ 7. Where what is read fills the last-level cache, outputs are stored past it (`streaming`).
 
-Bytes: every element-wise input is read once a pass, passes after the first from cache for slices
-that fit it; outputs are written once. Forward: 3 passes (mean, centred sums, output); backward: 2.
+Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
+last-level cache and of memory; L1 and L2 in front of them are four to ten times faster.
+
+    in cache    forward   A/16 + A (sums) + A read again from L1 or L2 + A stored and its line read
+                backward  2 A (sums) + 2 A again from L1 or L2 + A stored and its line read
+    in memory   forward   A read + A streamed = a copy with streamed stores
+                backward  2 A read + A streamed = an add with streamed stores
+                batch norm the same while a channel of all samples fits L2, else one read more
+
+So in cache a forward is bound by A (1 + 1 + 1)/s, as a copy is, plus what its second reading and
+its arithmetic leave uncovered: 6 to 8 operations a vector against the 6 to 10 cycles a vector that
+the cache takes. Short rows are bound by instructions: each costs some 40 to 60 cycles beside its
+vectors (the fold of each sum, the last vector, the values of the slice).
 
 Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction): merging row loops
 silently drops a nest that stands between them, and tails need predicates that block vectorising.
 The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
-E[x^2] - E[x]^2: wrong at large means.
+E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next row
+(in memory 3 % either way, in cache 20 to 40 % slower), the second pass backwards, the second pass
+of a row in one loop with the first of the next, larger blocks (in cache a quarter slower, for the
+second reading then comes from L2).
 """
 
 from __future__ import annotations
