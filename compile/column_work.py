@@ -35,6 +35,7 @@ from normgraph.compile.tir import (
     modulo,
     plus,
     product,
+    runs,
     seq,
     times,
     vector_loop,
@@ -45,6 +46,9 @@ from normgraph.compile.tir import (
 # Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
 RANGES = 16
 _ROWS = 4
+# Steps of four rows that a sum takes before it is moved on, so that the error of a sum over many
+# grows with its square root.
+_RUN = 16
 # Rows from this length on are worth the few stores in front of the first aligned vector.
 _STREAMED_ROW = 64
 
@@ -98,28 +102,38 @@ class ColumnWork:
     # Sums.
 
     def _sums(self, steps: list[Step]) -> Stmt:
-        partials = {s.op.out: self._array(s.op.out, i64(RANGES)) for s in steps}
+        # Two of each a range: the sum of the run at hand, and that of the runs before.
+        partials = {s.op.out: self._array(s.op.out, i64(2 * RANGES)) for s in steps}
         rows = self.rows if steps[0].sample is None else self._sampled(steps[0])
 
         def task(chunk: Expr) -> Stmt:
-            start = times(chunk, self.columns)
+            here = times(chunk, i64(2))
+            run, whole = (times(plus(here, i64(k)), self.columns) for k in range(2))
 
-            def clear(c: Expr) -> Stmt:
-                return seq(
-                    [
-                        tirx.BufferStore(buffer, zero(tensor.dtype), [plus(start, c)])
-                        for tensor, buffer in partials.items()
-                    ]
+            def each(value: Callable[[Any, Tensor, Expr], Stmt]) -> Stmt:
+                return self._each_column(
+                    lambda c: seq([value(buffer, t, c) for t, buffer in partials.items()])
                 )
+
+            def clear(start: Expr) -> Stmt:
+                return each(lambda b, t, c: tirx.BufferStore(b, zero(t.dtype), [plus(start, c)]))
+
+            def move(buffer: Any, tensor: Tensor, c: Expr) -> Stmt:
+                grown = load(buffer, plus(whole, c)) + load(buffer, plus(run, c))
+                return tirx.BufferStore(buffer, grown, [plus(whole, c)])
 
             def some(first: Expr, count: int) -> Stmt:
                 stmts: list[Stmt] = []
                 readers = self._readers(first, count, stmts, chunk)
-                stores = [column_sum(readers, s, partials[s.op.out], chunk) for s in steps]
+                stores = [column_sum(readers, s, partials[s.op.out], here) for s in steps]
                 stmts.append(row(self.columns, [], stores, lanes=self.lanes, unroll=1))
                 return seq(stmts)
 
-            return seq([self._each_column(clear), self._range_of(rows, chunk, i64(RANGES), some)])
+            def in_run(body: Stmt) -> Stmt:
+                return seq([clear(run), body, each(move)])
+
+            work = self._range_of(rows, chunk, i64(RANGES), some, in_run)
+            return seq([clear(whole), work])
 
         ranges = loop(i64(RANGES), task, name="range", kind="parallel")
         alloc = [tirx.AllocBuffer(buffer) for buffer in partials.values()]
@@ -135,7 +149,9 @@ class ColumnWork:
         whole = self.memory.locals[tensor]
 
         def one(c: Expr) -> Stmt:
-            terms = [load(partial, plus(times(i64(k), self.columns), c)) for k in range(RANGES)]
+            terms = [
+                load(partial, plus(times(i64(2 * k + 1), self.columns), c)) for k in range(RANGES)
+            ]
             while len(terms) > 1:
                 terms = [tirx.Add(*terms[k : k + 2]) for k in range(0, len(terms), 2)]
             return tirx.BufferStore(whole, terms[0], [c])
@@ -226,16 +242,31 @@ class ColumnWork:
         ]
 
     def _range_of(
-        self, rows: Expr, chunk: Expr, ranges: Expr, some: Callable[[Expr, int], Stmt]
+        self,
+        rows: Expr,
+        chunk: Expr,
+        ranges: Expr,
+        some: Callable[[Expr, int], Stmt],
+        in_run: Callable[[Stmt], Stmt] = lambda body: body,
     ) -> Stmt:
-        """The rows of one of `ranges` equal ranges: in fours, then the rest one by one."""
+        """The rows of one of `ranges` equal ranges: in fours, then the rest one by one.
+
+        `in_run` surrounds each run of _RUN fours, and the rest.
+        """
         stmts: list[Stmt] = []
         first = bind("first", tirx.FloorDiv(times(chunk, rows), ranges), stmts)
         last = bind("last", tirx.FloorDiv(times(plus(chunk, i64(1)), rows), ranges), stmts)
         fours = bind("fours", floordiv(tirx.Sub(last, first), _ROWS), stmts)
         rest = bind("rest", plus(first, times(fours, i64(_ROWS))), stmts)
+
+        def run(start: Expr, count: Expr) -> Stmt:
+            def four(k: Expr) -> Stmt:
+                return some(plus(first, times(plus(start, k), i64(_ROWS))), _ROWS)
+
+            return in_run(loop(count, four, name="rows"))
+
+        stmts.append(runs(fours, _RUN, run))
         stmts.append(
-            loop(fours, lambda k: some(plus(first, times(k, i64(_ROWS))), _ROWS), name="rows")
+            in_run(loop(tirx.Sub(last, rest), lambda k: some(plus(rest, k), 1), name="row"))
         )
-        stmts.append(loop(tirx.Sub(last, rest), lambda k: some(plus(rest, k), 1), name="row"))
         return seq(stmts)

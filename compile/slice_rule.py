@@ -202,7 +202,9 @@ class _Emitter:
         if self.plan.lead_axes:
             most = _CHANNEL_RUN if self.across else _MOST_CHANNELS
         stmts: list[Stmt] = []
-        size = bind("block_size", self._slices_in_block(most), stmts)
+        length = product([self.extents[a] for a in self.inner_axes])
+        row_bytes = bind("row_bytes", tirx.Max(times(length, i64(4)), i64(1)), stmts)
+        size = bind("block_size", self._slices_in_block(most, row_bytes), stmts)
         blocks = bind("blocks", _ceildiv(self.slices, size), stmts)
 
         def task(index: Expr) -> Stmt:
@@ -238,12 +240,11 @@ class _Emitter:
             return work.emit()
         return seq([work.emit(), when(self.large, self.streaming.fence())])
 
-    def _slices_in_block(self, most: int) -> Expr:
+    def _slices_in_block(self, most: int, row_bytes: Expr) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.
         share = _ceildiv(self.slices, i64(8))
         if self.across:
             return tirx.Max(tirx.Min(share, i64(most)), i64(min(16, most)))
-        row_bytes = times(product([self.extents[a] for a in self.inner_axes]), i64(4))
         run = _ceildiv(i64(_RUN_BYTES), row_bytes)
         return tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
 

@@ -49,7 +49,7 @@ from normgraph.compile.tir import (
 
 # Neighbours along a leading axis that one sum takes before it is moved on, so that the error of a
 # sum over many grows with its square root.
-_LEAD_RUN = 256
+_LEAD_RUN = 32
 # Rows from this length on are worth the few stores in front of the first aligned vector.
 _STREAMED_ROW = 64
 

@@ -65,13 +65,22 @@ def _vector_functions(dtype: str, lanes: int) -> list[str]:
     stored = f"<{lanes} x {_LLVM_TYPES[dtype]}>"
     given, bits = f"{stored} %v", []
     if dtype == "bfloat16":
-        # TVM passes it as the float32 it was rounded from.
+        # TVM passes a float32, rounded or not: to the nearest even, every NaN the usual one.
         given, whole = f"<{lanes} x float> %given", f"<{lanes} x i32>"
-        upper = ", ".join(["i32 16"] * lanes)
+
+        def all_of(value: int) -> str:
+            return "<" + ", ".join([f"i32 {value}"] * lanes) + ">"
+
         bits = [
             f"  %bits = bitcast {given} to {whole}",
-            f"  %upper = lshr {whole} %bits, <{upper}>",
-            f"  %v = trunc {whole} %upper to {stored}",
+            f"  %shifted = lshr {whole} %bits, {all_of(16)}",
+            f"  %odd = and {whole} %shifted, {all_of(1)}",
+            f"  %half = add {whole} %odd, {all_of(0x7FFF)}",
+            f"  %sum = add {whole} %bits, %half",
+            f"  %upper = lshr {whole} %sum, {all_of(16)}",
+            f"  %nan = fcmp uno {given}, zeroinitializer",
+            f"  %kept = select <{lanes} x i1> %nan, {whole} {all_of(0x7FC0)}, {whole} %upper",
+            f"  %v = trunc {whole} %kept to {stored}",
         ]
     return [
         f"define i64 @normgraph_unaligned_{dtype}x{lanes}(ptr %p) {{",

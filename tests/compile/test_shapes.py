@@ -145,3 +145,13 @@ def test_results_do_not_depend_on_where_rows_lie(build_operator: Callable[..., A
     for n in (0, 1, 17, 299):
         alone = operator.forward(x[n : n + 1], gamma, beta).y
         np.testing.assert_allclose(whole[n : n + 1], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [("N", 3, "H", 8), ("N", 3, 64, "H"), ("N", 3, "H", 5)])
+def test_a_symbol_times_a_size(
+    dtype: str, shape: tuple[int | str, ...], build_operator: Callable[..., Any]
+) -> None:
+    """Planes with one open extent build in every type."""
+    operator = build_operator(NormSpec("instance_norm"), shape, dtype, kinds=("forward",))
+    assert operator.dtype == dtype
