@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.ir.prim.expr import FloatImm
 
-from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, loads
+from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, is_read, loads
 from normgraph.compile.tir import Expr
 
 Varies = Callable[[Node], bool]
@@ -68,19 +68,12 @@ def _expanded(node: Node, varies: Varies) -> _Sum:
     left, right = node.args
     if node.make is tirx.Mul:
         return _product(left, right, varies)
-    if _is_read(left) and not varies(right):
+    if is_read(left) and not varies(right):
         return _Sum(((None, node),), None)
     a, b = _expanded(left, varies), _expanded(right, varies)
     if node.make is tirx.Sub:
         b = _Sum(tuple(_negative(*each) for each in b.terms), _negated(b.constant))
     return _Sum((*a.terms, *b.terms), _plus(a.constant, b.constant))
-
-
-def _is_read(node: Node) -> bool:
-    """An element as it lies in memory, or cast."""
-    while isinstance(node, Apply) and len(node.args) == 1:
-        node = node.args[0]
-    return isinstance(node, Load)
 
 
 def _product(left: Node, right: Node, varies: Varies) -> _Sum:

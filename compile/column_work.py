@@ -19,8 +19,14 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, element_count, evaluate, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.row_kernel import RowStore, row, streamed_row
-from normgraph.compile.row_reader import Block, RowReader, SliceMemory, column_sum
+from normgraph.compile.row_kernel import output_row, row
+from normgraph.compile.row_reader import (
+    ROW_RANGES,
+    ROWS_ABREAST,
+    RowReader,
+    SliceMemory,
+    column_sum,
+)
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.tensor_program import Tensor
@@ -43,14 +49,9 @@ from normgraph.compile.tir import (
     zero,
 )
 
-# Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
-RANGES = 16
-_ROWS = 4
 # Steps of four rows that a sum takes before it is moved on, so that the error of a sum over many
 # grows with its square root.
 _RUN = 16
-# Rows from this length on are worth the few stores in front of the first aligned vector.
-_STREAMED_ROW = 64
 
 
 class ColumnWork:
@@ -65,11 +66,8 @@ class ColumnWork:
         self.large = large
         self.columns = product([self.extents[a] for a in self.plan.slice_axes])
         self.rows = product([self.extents[a] for a in self.plan.lead_axes])
-        self.memory = SliceMemory(frame, (), (), self._block(i64(0)))
+        self.memory = SliceMemory(frame, (), (), 1)
         self.memory.locals = {t: self._array(t, i64(1)) for t in self.plan.per_slice}
-
-    def _block(self, chunk: Expr) -> Block:
-        return Block(i64(0), self.columns, 1, chunk)
 
     def _array(self, tensor: Tensor, copies: Expr) -> Any:
         size = times(copies, element_count(tensor))
@@ -103,7 +101,7 @@ class ColumnWork:
 
     def _sums(self, steps: list[Step]) -> Stmt:
         # Two of each a range: the sum of the run at hand, and that of the runs before.
-        partials = {s.op.out: self._array(s.op.out, i64(2 * RANGES)) for s in steps}
+        partials = {s.op.out: self._array(s.op.out, i64(2 * ROW_RANGES)) for s in steps}
         rows = self.rows if steps[0].sample is None else self._sampled(steps[0])
 
         def task(chunk: Expr) -> Stmt:
@@ -124,7 +122,7 @@ class ColumnWork:
 
             def some(first: Expr, count: int) -> Stmt:
                 stmts: list[Stmt] = []
-                readers = self._readers(first, count, stmts, chunk)
+                readers = self._readers(first, count, stmts)
                 stores = [column_sum(readers, s, partials[s.op.out], here) for s in steps]
                 stmts.append(row(self.columns, [], stores, lanes=self.lanes, unroll=1))
                 return seq(stmts)
@@ -132,10 +130,10 @@ class ColumnWork:
             def in_run(body: Stmt) -> Stmt:
                 return seq([clear(run), body, each(move)])
 
-            work = self._range_of(rows, chunk, i64(RANGES), some, in_run)
+            work = self._range_of(rows, chunk, i64(ROW_RANGES), some, in_run)
             return seq([clear(whole), work])
 
-        ranges = loop(i64(RANGES), task, name="range", kind="parallel")
+        ranges = loop(i64(ROW_RANGES), task, name="range", kind="parallel")
         alloc = [tirx.AllocBuffer(buffer) for buffer in partials.values()]
         return seq([*alloc, ranges, *(self._total(t, p) for t, p in partials.items())])
 
@@ -150,7 +148,8 @@ class ColumnWork:
 
         def one(c: Expr) -> Stmt:
             terms = [
-                load(partial, plus(times(i64(2 * k + 1), self.columns), c)) for k in range(RANGES)
+                load(partial, plus(times(i64(2 * k + 1), self.columns), c))
+                for k in range(ROW_RANGES)
             ]
             while len(terms) > 1:
                 terms = [tirx.Add(*terms[k : k + 2]) for k in range(0, len(terms), 2)]
@@ -199,36 +198,31 @@ class ColumnWork:
     # Outputs.
 
     def _output(self, step: Step, *, add: bool = False) -> Stmt:
-        ranges = i64(4 * RANGES)
+        ranges = i64(4 * ROW_RANGES)
 
         def task(chunk: Expr) -> Stmt:
             def some(first: Expr, count: int) -> Stmt:
                 stmts: list[Stmt] = []
-                readers = self._readers(first, count, stmts, chunk)
+                readers = self._readers(first, count, stmts)
                 stores = [reader.output(step, add) for reader in readers]
-                return seq([*stmts, self._rows(stores)])
+                done = output_row(
+                    self.columns,
+                    stores,
+                    lanes=self.lanes,
+                    unroll=1,
+                    streaming=self.streaming,
+                    large=self.large,
+                )
+                return seq([*stmts, done])
 
             work = self._range_of(self.rows, chunk, ranges, some)
             return work if add else seq([work, when(self.large, self.streaming.fence())])
 
         return loop(ranges, task, name="range", kind="parallel")
 
-    def _rows(self, stores: list[RowStore]) -> Stmt:
-        cached = row(self.columns, [], stores, lanes=self.lanes, unroll=1)
-        if any(s.stream is None for s in stores):
-            return cached
-        streamed = streamed_row(
-            self.columns, stores, lanes=self.lanes, unroll=1, streaming=self.streaming
-        )
-        # Rows of one alignment.
-        whole = tirx.EQ(modulo(self.columns, self.lanes), i64(0))
-        long = tirx.GE(self.columns, i64(_STREAMED_ROW))
-        return when(tirx.And(self.large, tirx.And(long, whole)), streamed, cached)
-
     # Rows.
 
-    def _readers(self, first: Expr, count: int, before: list[Stmt], chunk: Expr) -> list[RowReader]:
-        self.memory.block = self._block(chunk)
+    def _readers(self, first: Expr, count: int, before: list[Stmt]) -> list[RowReader]:
         return [
             RowReader(
                 self.memory,
@@ -256,12 +250,12 @@ class ColumnWork:
         stmts: list[Stmt] = []
         first = bind("first", tirx.FloorDiv(times(chunk, rows), ranges), stmts)
         last = bind("last", tirx.FloorDiv(times(plus(chunk, i64(1)), rows), ranges), stmts)
-        fours = bind("fours", floordiv(tirx.Sub(last, first), _ROWS), stmts)
-        rest = bind("rest", plus(first, times(fours, i64(_ROWS))), stmts)
+        fours = bind("fours", floordiv(tirx.Sub(last, first), ROWS_ABREAST), stmts)
+        rest = bind("rest", plus(first, times(fours, i64(ROWS_ABREAST))), stmts)
 
         def run(start: Expr, count: Expr) -> Stmt:
             def four(k: Expr) -> Stmt:
-                return some(plus(first, times(plus(start, k), i64(_ROWS))), _ROWS)
+                return some(plus(first, times(plus(start, k), i64(ROWS_ABREAST))), ROWS_ABREAST)
 
             return in_run(loop(count, four, name="rows"))
 

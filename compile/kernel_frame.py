@@ -107,7 +107,11 @@ class Frame:
         return stmts
 
     def close(self, body: Stmt) -> Any:
-        """The function of all parameters with this body."""
+        """The function of all parameters with this body.
+
+        No argument overlaps another, but for a new_running_* that is exactly its running_*: each of
+        its elements is read before it is written.
+        """
         return tirx.PrimFunc([*self.params, self.req], body).with_attr("tirx.noalias", True)
 
     # Requests.

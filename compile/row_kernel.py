@@ -41,6 +41,8 @@ from normgraph.compile.tir import (
 # Vectors that one accumulator takes before it is moved on; rows of a million elements have as many
 # runs as a run has vectors.
 _RUN = 64
+# Rows from this length on are worth the few stores in front of the first aligned vector.
+_STREAMED_ROW = 64
 
 # A value at element `index` of the row.
 At = Callable[[Expr], Expr]
@@ -89,15 +91,29 @@ def row(
     return _Row(length, sums, stores, lanes, unroll).emit()
 
 
-def streamed_row(
-    length: Expr, stores: list[RowStore], *, lanes: int, unroll: int, streaming: Streaming
+def output_row(
+    length: Expr,
+    stores: list[RowStore],
+    *,
+    lanes: int,
+    unroll: int,
+    streaming: Streaming,
+    large: Expr | None,
 ) -> Stmt:
-    """A row without sums whose outputs go past the caches.
+    """A row without sums, or several side by side, past the caches where that can be.
 
-    The outputs have one alignment: the elements in front of the first aligned vector and behind the
-    last one are stored one by one.
+    large: whether the arrays ask for it; None for no. Streamed outputs have one alignment: the
+    elements in front of the first aligned vector and behind the last one are stored one by one.
     """
-    return _StreamedRow(length, stores, lanes, unroll, streaming).emit()
+    cached = row(length, [], stores, lanes=lanes, unroll=unroll)
+    known = constant(length)
+    streams = sum(s.stream is not None for s in stores)
+    if large is None or not streams or (known is not None and known < _STREAMED_ROW):
+        return cached
+    fits = tirx.And(large, tirx.GE(length, i64(_STREAMED_ROW)))
+    if streams > 1:
+        fits = tirx.And(fits, tirx.EQ(modulo(length, lanes), i64(0)))
+    return when(fits, _StreamedRow(length, stores, lanes, unroll, streaming).emit(), cached)
 
 
 def registers_a_sum(sums: int, vector_bytes: int) -> int:

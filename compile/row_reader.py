@@ -17,6 +17,11 @@ from normgraph.compile.slice_plan import Step
 from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, bind, i64, keep, plus, seq, times
 
+# Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
+ROW_RANGES = 16
+# Rows that go side by side, their column sums in registers together.
+ROWS_ABREAST = 4
+
 
 @dataclass
 class Block:
@@ -35,19 +40,18 @@ class SliceMemory:
     """What a task keeps of its slices (one element each), and the way to all other tensors.
 
     per_slice: what is computed for each slice. narrow: inputs with one element a slice, copied here
-    once.
+    once. most: slices there is room for.
     """
 
     def __init__(
-        self, frame: Frame, per_slice: Iterable[Tensor], narrow: Iterable[Tensor], block: Block
+        self, frame: Frame, per_slice: Iterable[Tensor], narrow: Iterable[Tensor], most: int
     ) -> None:
         self.frame = frame
-        self.block = block
         self.extents = frame.program.extents
         self.narrow = tuple(narrow)
         # "global" is the scope whose small buffers TVM keeps on the stack.
         self.locals: dict[Tensor, Any] = {
-            t: tirx.decl_buffer((block.most,), t.dtype, t.name, scope="global")
+            t: tirx.decl_buffer((most,), t.dtype, t.name, scope="global")
             for t in (*per_slice, *self.narrow)
         }
 

@@ -26,12 +26,12 @@ from tvm import tirx
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
 from normgraph.compile.tensor_program import (
     Apply,
-    Cast,
     Load,
     Node,
     Operation,
     Scalar,
     Tensor,
+    is_read,
     loads,
 )
 from normgraph.compile.tir import Expr, floordiv, i64, least, plus, product, times
@@ -63,7 +63,7 @@ def _match(plan: SlicePlan, k: int) -> _Match | None:
     if len(first.wide) != 1 or not first.wide[0].is_sum or len(second.wide) != 2:
         return None
     total = first.wide[0]
-    if total.op.out not in plan.per_slice or not _is_read(total.value):
+    if total.op.out not in plan.per_slice or not is_read(total.value):
         return None
     uses = [s for work in plan.passes for s in work.after if total.op.out in loads(s.value)]
     if len(uses) != 1 or total.op.out in plan.stored or total.op.out.output_index is not None:
@@ -138,12 +138,6 @@ def _share(extent: Expr, unit: int) -> Expr:
     return least(extent, times(floordiv(plus(extent, i64(each - 1)), each), i64(unit)))
 
 
-def _is_read(value: Node) -> bool:
-    if isinstance(value, Apply):
-        return isinstance(value.make, Cast) and _is_read(value.args[0])
-    return isinstance(value, Load)
-
-
 def _is(value: Node, tensor: Tensor) -> bool:
     return isinstance(value, Load) and value.tensor is tensor
 
@@ -152,7 +146,7 @@ def _is_centred(value: Node, total: Step, mean: Step) -> bool:
     if not (isinstance(value, Apply) and value.make is tirx.Sub):
         return False
     x, around = value.args
-    same = list(loads(x)) == list(loads(total.value)) and _is_read(x)
+    same = list(loads(x)) == list(loads(total.value)) and is_read(x)
     return same and _is(around, mean.op.out)
 
 

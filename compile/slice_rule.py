@@ -25,7 +25,7 @@ Strategy.
  7. Where what is read fills the last-level cache, outputs are stored past it (`streaming`).
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
-last-level cache and of memory; L1 and L2 in front of them are four to ten times faster.
+last-level cache and of memory.
 
     in cache    forward   A/16 + A (sums) + A read again from L1 or L2 + A stored and its line read
                 backward  2 A (sums) + 2 A again from L1 or L2 + A stored and its line read
@@ -35,14 +35,15 @@ last-level cache and of memory; L1 and L2 in front of them are four to ten times
 
 So in cache a forward is bound by A (1 + 1 + 1)/s, as a copy is, plus what its second reading and
 its arithmetic leave uncovered: 6 to 8 operations a vector against the 6 to 10 cycles a vector that
-the cache takes. Short rows are bound by instructions: each costs some 40 to 60 cycles beside its
-vectors (the fold of each sum, the last vector, the values of the slice).
+the cache takes. Short rows are bound by instructions: an instance norm forward of 49 elements takes
+some 70 cycles, where its vectors alone would take about 25 (the rest: the fold of each sum, the
+last vector, the values of the slice).
 
 Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction): merging row loops
 silently drops a nest that stands between them, and tails need predicates that block vectorising.
 The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
 E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next row
-(in memory 3 % either way, in cache 20 to 40 % slower), the second pass backwards, the second pass
+(in memory 3 % either way, in cache 13 to 35 % slower), the second pass backwards, the second pass
 of a row in one loop with the first of the next, larger blocks (in cache a quarter slower, for the
 second reading then comes from L2).
 """
@@ -59,7 +60,7 @@ from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.column_work import ColumnWork
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame, item_size
-from normgraph.compile.row_reader import Block
+from normgraph.compile.row_reader import ROW_RANGES, ROWS_ABREAST, Block
 from normgraph.compile.slice_plan import SlicePlan, plan
 from normgraph.compile.slice_work import SliceWork
 from normgraph.compile.streaming import Streaming
@@ -93,12 +94,8 @@ _SHORT_ROW_VECTOR = 32
 _CHANNEL_RUN = 64
 # Rows from which on they are all read in order, with partial sums for ranges of them.
 _COLUMN_WORK_ROWS = 256
-# Rows whose column sums are kept in registers together.
-_COLUMN_ROWS = 4
 # Up to this many elements a launch of the thread pool costs more than it gains.
 _SERIAL_ELEMENTS = 32768
-# Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
-_PARTIALS = 16
 
 
 def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
@@ -123,7 +120,7 @@ class _Emitter:
         self.extents = self.program.extents
         self.vector_bytes = target.vector_bytes
         self.streaming = Streaming(target)
-        self.frame = Frame(slice_plan, outputs, _PARTIALS)
+        self.frame = Frame(slice_plan, outputs, ROW_RANGES)
         self.slices = product([self.extents[a] for a in slice_plan.slice_axes])
         self.inner_axes = slice_plan.inner_axes
         # Nothing behind the slices' own axes: the vector runs across slices.
@@ -179,12 +176,12 @@ class _Emitter:
             last = bind("last", _share(self.slices, plus(chunk, i64(1))), stmts)
             rest = first
             if side_by_side:
-                fours = bind("fours", floordiv(tirx.Sub(last, first), _COLUMN_ROWS), stmts)
-                rest = bind("rest", plus(first, times(fours, i64(_COLUMN_ROWS))), stmts)
+                fours = bind("fours", floordiv(tirx.Sub(last, first), ROWS_ABREAST), stmts)
+                rest = bind("rest", plus(first, times(fours, i64(ROWS_ABREAST))), stmts)
 
             def four(index: Expr) -> Stmt:
-                start = plus(first, times(index, i64(_COLUMN_ROWS)))
-                return self._work(Block(start, i64(_COLUMN_ROWS), _COLUMN_ROWS, chunk), kind)
+                start = plus(first, times(index, i64(ROWS_ABREAST)))
+                return self._work(Block(start, i64(ROWS_ABREAST), ROWS_ABREAST, chunk), kind)
 
             if side_by_side:
                 stmts.append(loop(fours, four, name="rows"))
@@ -195,7 +192,7 @@ class _Emitter:
             )
             return seq([*stmts, one])
 
-        return loop(i64(_PARTIALS), task, name="range", kind=kind)
+        return loop(i64(ROW_RANGES), task, name="range", kind=kind)
 
     def _blocks(self, kind: str) -> Stmt:
         most = _MOST_SLICES
@@ -257,8 +254,8 @@ def _ceildiv(a: Expr, b: Expr) -> Expr:
 
 
 def _share(count: Expr, chunk: Expr) -> Expr:
-    """Where range `chunk` of _PARTIALS equal ranges begins."""
+    """Where range `chunk` of ROW_RANGES equal ranges begins."""
     known = constant(count), constant(chunk)
     if None not in known:
-        return i64(known[0] * known[1] // _PARTIALS)  # type: ignore[operator]
-    return tirx.FloorDiv(times(chunk, count), i64(_PARTIALS))
+        return i64(known[0] * known[1] // ROW_RANGES)  # type: ignore[operator]
+    return tirx.FloorDiv(times(chunk, count), i64(ROW_RANGES))

@@ -37,7 +37,7 @@ class SliceValues:
         self.extents = frame.program.extents
         self.block = block
         self.lanes = lanes
-        self.memory = SliceMemory(frame, self.plan.per_slice, _narrow_inputs(self.plan), block)
+        self.memory = SliceMemory(frame, self.plan.per_slice, _narrow_inputs(self.plan), block.most)
 
     def open(self) -> list[Stmt]:
         """The buffers, and the inputs with one element a slice brought into them."""

@@ -19,9 +19,9 @@ from normgraph.compile.row_kernel import (
     RowStore,
     RowSum,
     fold,
+    output_row,
     registers_a_sum,
     row,
-    streamed_row,
 )
 from normgraph.compile.row_reader import Block, RowReader, column_sum
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
@@ -35,7 +35,6 @@ from normgraph.compile.tir import (
     i64,
     load,
     loop,
-    modulo,
     nest,
     plus,
     product,
@@ -50,8 +49,6 @@ from normgraph.compile.tir import (
 # Neighbours along a leading axis that one sum takes before it is moved on, so that the error of a
 # sum over many grows with its square root.
 _LEAD_RUN = 32
-# Rows from this length on are worth the few stores in front of the first aligned vector.
-_STREAMED_ROW = 64
 
 
 class SliceWork:
@@ -258,21 +255,21 @@ class SliceWork:
         if length is None:
             length = product([self.extents[a] for a in row_axes])
         unroll = registers_a_sum(len(sums), self.vector_bytes)
-        cached = row(length, sums, stores, lanes=self.lanes, unroll=unroll)
-        if sums or any(s.stream is None for s in stores):
-            return seq([*stmts, cached])
-        return seq([*stmts, self._streamed(length, stores, unroll, cached)])
+        if sums:
+            done = row(length, sums, stores, lanes=self.lanes, unroll=unroll)
+        else:
+            done = self._outputs(length, stores, unroll)
+        return seq([*stmts, done])
 
-    def _streamed(self, length: Expr, stores: list[RowStore], unroll: int, cached: Stmt) -> Stmt:
-        """The row past the caches where the arrays are large, else `cached`."""
-        known = constant(length)
-        if self.large is None or (known is not None and known < _STREAMED_ROW):
-            return cached
-        streamed = streamed_row(
-            length, stores, lanes=self.lanes, unroll=unroll, streaming=self.streaming
+    def _outputs(self, length: Expr, stores: list[RowStore], unroll: int) -> Stmt:
+        return output_row(
+            length,
+            stores,
+            lanes=self.lanes,
+            unroll=unroll,
+            streaming=self.streaming,
+            large=self.large,
         )
-        long = tirx.GE(length, i64(_STREAMED_ROW))
-        return when(tirx.And(self.large, long), streamed, cached)
 
     def _columns(
         self, steps: list[Step], columns: list[Step], row_axes: tuple[int, ...], add: bool
@@ -293,15 +290,7 @@ class SliceWork:
             if not step.is_sum:
                 stores += [reader.output(step, add) for reader in readers]
         length = product([self.extents[a] for a in row_axes])
-        cached = row(length, [], stores, lanes=self.lanes, unroll=1)
-        if not any(s.stream is not None for s in stores):
-            return seq([*stmts, cached])
-        streamed = self._streamed(length, stores, 1, cached)
-        if self.block.most > 1:
-            # Rows of one alignment.
-            whole = tirx.EQ(modulo(length, self.lanes), i64(0))
-            streamed = when(whole, streamed, cached)
-        return seq([*stmts, streamed])
+        return seq([*stmts, self._outputs(length, stores, 1)])
 
     def _run_of_slices(
         self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]

@@ -120,6 +120,13 @@ def loads(node: Node) -> Iterator[Tensor]:
             yield from loads(arg)
 
 
+def is_read(node: Node) -> bool:
+    """Whether a value is a tensor's element as it lies in memory, or that cast."""
+    while isinstance(node, Apply) and isinstance(node.make, Cast):
+        node = node.args[0]
+    return isinstance(node, Load)
+
+
 def read(func: Any) -> TensorProgram:
     """Read a fused PrimFunc (static or symbolic shapes) as a `TensorProgram`.
 

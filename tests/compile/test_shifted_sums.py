@@ -77,8 +77,7 @@ def test_matrices_sample_rows(build_operator: Callable[..., Any]) -> None:
     for rows in (2, 17, 300, 2000):
         x = np.random.default_rng(2).standard_normal((rows, 70)).astype(np.float32)
         x[: max(1, rows // 16)] += np.float32(1e4)
-        # A sum over rows takes up to 256 of them one by one, so it rounds more than one in lanes.
-        _check(operator, spec, x, 1e-5)
+        _check(operator, spec, x, 4e-6)
 
 
 def test_the_plan_reads_x_once_less(program: Callable[..., Any]) -> None:
