@@ -7,10 +7,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
+
 from normgraph.compile.targets import Target
 from normgraph.errors import CompileError, ToolMissing
 
-STUBS = Path(__file__).with_name("backend_stubs.c")
+_HERE = Path(__file__).parent
+# What a kernel needs of TVM's runtime; see backend.c.
+_BACKEND = [str(_HERE / f"{name}.c") for name in ("backend", "cpu_count", "thread_pool", "workspace")]
+# The rest stays inside: another library's function of the same name is not called instead, and the
+# loader does not put TVM's functions in place of ours.
+_EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
 
 _NATIVE = ("cc", "gcc", "clang")
 
@@ -24,7 +31,7 @@ def compiler(target: Target) -> str | None:
 
 
 def link(object_file: Path, library: Path, target: Target) -> bool:
-    """Link `object_file` with the runtime stubs into `library`.
+    """Link `object_file` with the thread pool and the workspaces into `library`.
 
     Returns False where only a cross linker is missing: the object is then the result. Raises
     ToolMissing where this machine has no C compiler for itself, CompileError where linking fails.
@@ -37,13 +44,36 @@ def link(object_file: Path, library: Path, target: Target) -> bool:
             f"linking needs a C compiler, and none of $CC, {', '.join(_NATIVE)} is on the PATH. "
             "Install one (Debian: apt-get install gcc)."
         )
-    # -Bsymbolic: a library calls its own conversions of half types, whatever else in the process
-    # has functions of the same names.
-    command = [tool, "-shared", "-fPIC", "-O2", "-s", "-Wl,-Bsymbolic", "-o", str(library)]
-    command += [str(object_file), str(STUBS), "-lm"]
+    exports = library.with_suffix(".map")
+    exports.write_text(_EXPORTS, encoding="utf-8")
+    command = [tool, "-std=gnu11", "-shared", "-fPIC", "-O2", "-s", "-pthread"]
+    command += [f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}"]
+    command += [f"-Wl,--version-script={exports}", "-o", str(library), str(object_file)]
+    command += [*_BACKEND, "-lm", "-ldl"]
+    _run(command)
+    _refuse_open_symbols(library, tool)
+    return True
+
+
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompileError(
             f"linking failed with status {done.returncode}: {' '.join(command)}\n{done.stderr}"
         )
-    return True
+    return done.stdout
+
+
+def _refuse_open_symbols(library: Path, tool: str) -> None:
+    """A gate: what a library needs is in the C library or in tvm_ffi's C interface.
+
+    Symbols of the C library carry a version.
+    """
+    nm = _run([tool, "-print-prog-name=nm"]).strip()
+    lines = [line.split() for line in _run([nm, "-D", "--undefined-only", str(library)]).splitlines()]
+    needed = [words[-1] for words in lines if words[-2:-1] == ["U"]]
+    foreign = [name for name in needed if "@" not in name and not name.startswith("TVMFFI")]
+    if foreign:
+        raise CompileError(
+            f"the library needs {', '.join(foreign)}, which neither the C library nor tvm_ffi has."
+        )

@@ -10,6 +10,7 @@ from normgraph.runtime.call import Call
 from normgraph.runtime.operator import Operator, load
 from normgraph.runtime.output_pool import OutputPool, PoolStats, pool
 from normgraph.runtime.signature import Signature, TensorSpec
+from normgraph.runtime.threads import get_num_threads, set_num_threads
 
 __all__ = [
     "Call",
@@ -18,6 +19,8 @@ __all__ = [
     "PoolStats",
     "Signature",
     "TensorSpec",
+    "get_num_threads",
     "load",
     "pool",
+    "set_num_threads",
 ]

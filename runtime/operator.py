@@ -10,6 +10,7 @@ from typing import Any
 import tvm_ffi
 
 from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, SpecError
+from normgraph.runtime import threads
 from normgraph.runtime.artifact import Artifact, open_artifact
 from normgraph.runtime.call import Call
 from normgraph.runtime.output_pool import pool
@@ -31,8 +32,7 @@ class Operator:
     the artifact holds them (`kinds`); see `Call` and its `__call__` for how each is called and
     what it returns.
 
-    It may be used from many threads at once. After a fork, use it in the child only where no call
-    was under way in the parent; start processes with "spawn" otherwise.
+    It may be used from many threads at once, and in a child after a fork.
     """
 
     forward: Callable[..., Any]
@@ -130,8 +130,10 @@ def load(path: str | os.PathLike[str]) -> Operator:
     where there is no artifact, ArtifactCorrupt where its manifest or one of its files is not what
     was written, ArtifactIncompatible where this host or this version cannot run it. A build that
     could not run its own self-test leaves it to be run here: AccuracyError where it fails.
+    ArgumentError where the environment variable NORMGRAPH_NUM_THREADS is wrong.
     """
     pool.limit  # noqa: B018  # a wrong value in the environment is told of here, not by some call
+    threads.from_environment()
     artifact = open_artifact(path)
     while True:
         try:
@@ -146,6 +148,7 @@ def load(path: str | os.PathLike[str]) -> Operator:
                     f" the artifact again on or for this host."
                 ) from None
             artifact = newer
+    threads.prepare()
     calls: dict[str, Call] = {}
     for kind, signature in artifact.signatures.items():
         name = artifact.functions[kind]

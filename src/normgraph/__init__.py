@@ -11,7 +11,7 @@ from normgraph.host import check_host
 if TYPE_CHECKING:
     from normgraph import compile, errors, graphs, runtime  # noqa: A004
     from normgraph.api import build
-    from normgraph.runtime import load, pool
+    from normgraph.runtime import get_num_threads, load, pool, set_num_threads
     from normgraph.spec import NormSpec
 
 check_host()
@@ -23,10 +23,12 @@ __all__ = [
     "build",
     "compile",
     "errors",
+    "get_num_threads",
     "graphs",
     "load",
     "pool",
     "runtime",
+    "set_num_threads",
 ]
 
 # Resolved on first use, so that loading an artifact imports neither onnx nor the compiler.
@@ -34,6 +36,8 @@ _LAZY = {
     "NormSpec": ("normgraph.spec", "NormSpec"),
     "build": ("normgraph.api", "build"),
     "load": ("normgraph.runtime", "load"),
+    "get_num_threads": ("normgraph.runtime", "get_num_threads"),
+    "set_num_threads": ("normgraph.runtime", "set_num_threads"),
     "pool": ("normgraph.runtime", "pool"),
     "compile": ("normgraph.compile", None),
     "graphs": ("normgraph.graphs", None),

@@ -40,7 +40,7 @@ def test_many_threads_get_their_own_answers(op: Any, toy: Any) -> None:
 
 
 # One operator for each way in which a kernel's work is cut into tasks. Up to 32768 elements of x
-# are one task; the sizes lie on both sides, so threads meet in TVM's pool and outside of it.
+# are one task; the sizes lie on both sides, so threads meet in the pool and outside of it.
 SPECS: dict[str, tuple[ng.NormSpec, tuple[int | str, ...]]] = {
     "batch_norm": (ng.NormSpec("batch_norm", momentum=None), ("N", 6, "L")),
     "instance_norm": (
@@ -66,7 +66,7 @@ def _drawn(op: Any, kind: str, n: int, length: int, seed: int) -> list[Any]:
 def test_many_threads_in_compiled_kernels(name: str, build_operator: Callable[..., Any]) -> None:
     """Each thread gets, bit for bit, what it gets where no other thread runs."""
     op = build_operator(*SPECS[name])
-    assert "tvm" in sys.modules  # whose pool the kernels' parallel loops run in
+    assert ng.get_num_threads() > 1
     count = 8
     start = threading.Barrier(count)
     failures: list[str] = []

@@ -1,0 +1,352 @@
+/* The thread pool behind parallel loops. */
+#define _GNU_SOURCE
+#include "backend.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+KEEP_OLD(pthread_create);
+KEEP_OLD(pthread_detach);
+KEEP_OLD(pthread_sigmask);
+
+/* Tasks a thread: several, so that a thread that comes late or is held up gives some away. */
+enum { SPLIT = 4 };
+/* Nanoseconds. Idle threads wait with pauses, then let others run as well, then sleep. */
+enum { YIELD_AFTER = 5000, SLEEP_AFTER = 100000 };
+/* Work, as one thread does it, for which a sleeping thread is woken; see wake_where_it_pays. */
+enum { WORTH_WAKING = 100000 };
+
+enum { JOBS = 8, LINE = 64, MOST_TASKS = 4096 };
+
+/* Tasks that nobody has begun: the job's generation, the end and the beginning of a range, in 32,
+ * 16 and 16 bits. The generation makes a claim that was overtaken by the next job fail. */
+typedef struct {
+  _Alignas(LINE) _Atomic uint64_t tasks;
+} range;
+
+/* One launch. Its own thread fills it in and publishes it by storing the ranges. */
+typedef struct {
+  _Alignas(LINE) atomic_bool taken;
+  uint32_t generation;
+  _Atomic(parallel_body) body;
+  _Atomic(void*) data;
+  _Atomic int32_t num_task;
+  _Atomic int threads;
+  _Alignas(LINE) _Atomic uint32_t unfinished;
+  _Atomic bool awaited;
+  _Atomic int status;
+  _Atomic(void*) error;
+  range ranges[MOST_THREADS];
+} job;
+
+/* One task of a job, claimed. */
+typedef struct {
+  parallel_body body;
+  void* data;
+  int32_t num_task;
+  int number;
+} task;
+
+static job jobs[JOBS];
+static struct {
+  _Alignas(LINE) _Atomic uint32_t epoch; /* counts launches; idle workers wait for it to change */
+  _Atomic uint32_t open;                 /* a bit a job that may have tasks to claim */
+  _Alignas(LINE) _Atomic uint32_t sleepers;
+  _Atomic uint64_t hesitated; /* when a launch last left the sleepers alone at first */
+  _Alignas(LINE) _Atomic int limit; /* threads of a launch; 0 before it is known */
+  _Atomic int provided;             /* as many threads as have been asked for, with the caller */
+} pool;
+
+/* Guards what follows, and changes of `limit` and `provided`. */
+static pthread_mutex_t manage = PTHREAD_MUTEX_INITIALIZER;
+static bool alive[MOST_THREADS];
+static bool handles_fork;
+
+static _Thread_local bool in_task;
+
+static void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+static uint64_t nanoseconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void sleep_while(_Atomic uint32_t* word, uint32_t value) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static void wake(_Atomic uint32_t* word, int threads) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
+}
+
+typedef struct {
+  uint64_t since;
+  uint32_t turns;
+} patience;
+
+/* One turn of waiting for another thread: pauses at first, then lets other threads run as well.
+ * False when it is time to sleep. */
+static bool wait_a_turn(patience* p) {
+  if (++p->turns % 32 != 0) {
+    relax();
+    return true;
+  }
+  uint64_t now = nanoseconds();
+  if (!p->since) p->since = now;
+  if (now - p->since > YIELD_AFTER) sched_yield();
+  return now - p->since < SLEEP_AFTER;
+}
+
+/* Takes a task: of the own range the first, of another's the last. What is read before the exchange
+ * belongs to the job whose range is exchanged, because a job changes only after its last task. */
+static bool claim(job* from, int place, bool own, task* claimed) {
+  _Atomic uint64_t* word = &from->ranges[place].tasks;
+  uint64_t seen = atomic_load_explicit(word, memory_order_acquire);
+  for (;;) {
+    int begin = (int)(seen & 0xffff), end = (int)(seen >> 16 & 0xffff);
+    if (begin >= end) return false;
+    claimed->body = atomic_load_explicit(&from->body, memory_order_relaxed);
+    claimed->data = atomic_load_explicit(&from->data, memory_order_relaxed);
+    claimed->num_task = atomic_load_explicit(&from->num_task, memory_order_relaxed);
+    claimed->number = own ? begin : end - 1;
+    uint64_t left = own ? seen + 1 : seen - (UINT64_C(1) << 16);
+    if (atomic_compare_exchange_weak_explicit(word, &seen, left, memory_order_acq_rel,
+                                              memory_order_acquire)) {
+      return true;
+    }
+  }
+}
+
+/* Keeps the first error for the thread that launched the job. */
+static void fail(job* of, int status) {
+  void* error = take_error();
+  int none = 0;
+  if (atomic_compare_exchange_strong(&of->status, &none, status)) {
+    atomic_store(&of->error, error);
+  } else {
+    drop_error(error);
+  }
+}
+
+/* Runs tasks of a job until none is left to claim, or `most` of them. */
+static void work_on(job* on, int home, uint32_t most) {
+  int threads = atomic_load_explicit(&on->threads, memory_order_relaxed);
+  uint32_t done = 0;
+  for (int turn = 0; turn < threads; ++turn) {
+    task next;
+    while (done < most && claim(on, (home + turn) % threads, turn == 0, &next)) {
+      task_env env = {NULL, next.num_task};
+      int status = next.body(next.number, &env, next.data);
+      if (status != 0) fail(on, status);
+      ++done;
+    }
+  }
+  if (done && atomic_fetch_sub(&on->unfinished, done) == done && atomic_load(&on->awaited)) {
+    wake(&on->unfinished, 1);
+  }
+}
+
+static bool retire(int index) {
+  pthread_mutex_lock(&manage);
+  bool leaves = index >= atomic_load(&pool.limit);
+  if (leaves) alive[index] = false;
+  pthread_mutex_unlock(&manage);
+  return leaves;
+}
+
+static void* worker(void* argument) {
+  int index = (int)(intptr_t)argument;
+  char name[16];
+  snprintf(name, sizeof name, "normgraph-%d", index);
+  prctl(PR_SET_NAME, name);
+  /* Not the creator's mask: a pool that binds threads may have bound it to one CPU. */
+  cpu_mask mask;
+  cpus_of_process(&mask);
+  sched_setaffinity(0, sizeof mask, (cpu_set_t*)&mask);
+  in_task = true;
+  bool slept = false;
+  for (;;) {
+    uint32_t epoch = atomic_load(&pool.epoch);
+    if (index >= atomic_load(&pool.limit) && retire(index)) return NULL;
+    for (uint32_t open; (open = atomic_load(&pool.open)) != 0;) {
+      /* Waking spreads from thread to thread while there is work for more of them. */
+      if (slept && atomic_load(&pool.sleepers)) wake(&pool.epoch, 2);
+      slept = false;
+      for (; open; open &= open - 1) work_on(&jobs[__builtin_ctz(open)], index, UINT32_MAX);
+      break;
+    }
+    patience p = {0, 0};
+    while (atomic_load_explicit(&pool.epoch, memory_order_acquire) == epoch) {
+      if (wait_a_turn(&p)) continue;
+      atomic_fetch_add(&pool.sleepers, 1);
+      sleep_while(&pool.epoch, epoch);
+      atomic_fetch_sub(&pool.sleepers, 1);
+      slept = true;
+    }
+  }
+}
+
+static void before_fork(void) { pthread_mutex_lock(&manage); }
+
+static void in_parent(void) { pthread_mutex_unlock(&manage); }
+
+/* A child has none of the workers, and none of the threads whose launches were under way. */
+static void in_child(void) {
+  for (int i = 0; i < JOBS; ++i) {
+    if (!atomic_load(&jobs[i].taken)) continue;
+    for (int place = 0; place < atomic_load(&jobs[i].threads); ++place) {
+      atomic_store(&jobs[i].ranges[place].tasks, 0);
+    }
+    atomic_store(&jobs[i].taken, false);
+  }
+  for (int i = 0; i < MOST_THREADS; ++i) alive[i] = false;
+  atomic_store(&pool.open, 0);
+  atomic_store(&pool.sleepers, 0);
+  atomic_store(&pool.provided, 0);
+  pthread_mutex_init(&manage, NULL);
+}
+
+/* Starts the workers that a launch of so many threads lacks. Where the system refuses one, those
+ * that run do its share. */
+static void provide(int threads) {
+  pthread_mutex_lock(&manage);
+  if (!handles_fork) handles_fork = pthread_atfork(before_fork, in_parent, in_child) == 0;
+  sigset_t blocked, before;
+  sigfillset(&blocked);
+  sigdelset(&blocked, SIGBUS);
+  sigdelset(&blocked, SIGFPE);
+  sigdelset(&blocked, SIGILL);
+  sigdelset(&blocked, SIGSEGV);
+  pthread_sigmask(SIG_SETMASK, &blocked, &before);
+  for (int index = 1; handles_fork && index < threads; ++index) {
+    pthread_t thread;
+    if (alive[index]) continue;
+    if (pthread_create(&thread, NULL, worker, (void*)(intptr_t)index) != 0) break;
+    pthread_detach(thread);
+    alive[index] = true;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  atomic_store(&pool.provided, threads);
+  pthread_mutex_unlock(&manage);
+}
+
+int pool_threads(void) {
+  int threads = atomic_load_explicit(&pool.limit, memory_order_relaxed);
+  if (threads) return threads;
+  threads = default_threads();
+  if (!threads) {
+    set_error("ValueError", "NORMGRAPH_NUM_THREADS: expected a whole number from 1 to 256");
+    return 0;
+  }
+  int unknown = 0;
+  return atomic_compare_exchange_strong(&pool.limit, &unknown, threads) ? threads : unknown;
+}
+
+void set_pool_threads(int threads) {
+  pthread_mutex_lock(&manage);
+  atomic_store(&pool.limit, threads);
+  if (atomic_load(&pool.provided) > threads) atomic_store(&pool.provided, threads);
+  pthread_mutex_unlock(&manage);
+  /* Workers above the limit leave. */
+  atomic_fetch_add(&pool.epoch, 1);
+  wake(&pool.epoch, MOST_THREADS);
+}
+
+/* TVM's rule for num_task: 0 stands for as many tasks as there are threads. */
+int launch_serially(parallel_body body, void* data, int num_task) {
+  task_env env = {NULL, num_task > 0 ? num_task : 1};
+  for (int number = 0; number < env.num_task; ++number) {
+    int status = body(number, &env, data);
+    if (status != 0) return status;
+  }
+  return 0;
+}
+
+static job* free_job(void) {
+  for (job* each = jobs; each < jobs + JOBS; ++each) {
+    if (!atomic_load_explicit(&each->taken, memory_order_relaxed) &&
+        !atomic_exchange_explicit(&each->taken, true, memory_order_acquire)) {
+      return each;
+    }
+  }
+  return NULL;
+}
+
+static void publish(job* made, parallel_body body, void* data, int num_task, int threads) {
+  made->generation++;
+  atomic_store_explicit(&made->body, body, memory_order_relaxed);
+  atomic_store_explicit(&made->data, data, memory_order_relaxed);
+  atomic_store_explicit(&made->num_task, num_task, memory_order_relaxed);
+  atomic_store_explicit(&made->threads, threads, memory_order_relaxed);
+  atomic_store_explicit(&made->unfinished, (uint32_t)num_task, memory_order_relaxed);
+  atomic_store_explicit(&made->awaited, false, memory_order_relaxed);
+  atomic_store_explicit(&made->status, 0, memory_order_relaxed);
+  atomic_store_explicit(&made->error, NULL, memory_order_relaxed);
+  for (int place = 0; place < threads; ++place) {
+    uint64_t begin = (uint64_t)(num_task * place / threads);
+    uint64_t end = (uint64_t)(num_task * (place + 1) / threads);
+    uint64_t word = (uint64_t)made->generation << 32 | end << 16 | begin;
+    atomic_store_explicit(&made->ranges[place].tasks, word, memory_order_release);
+  }
+  atomic_fetch_or(&pool.open, 1u << (made - jobs));
+  atomic_fetch_add(&pool.epoch, 1);
+}
+
+/* Waking a thread costs the waker some microseconds, and the thread comes later still. A launch
+ * that does not follow closely upon another does its first task before it decides. */
+static void wake_where_it_pays(job* made, int num_task) {
+  uint64_t start = nanoseconds();
+  uint64_t before = atomic_exchange_explicit(&pool.hesitated, start, memory_order_relaxed);
+  if (start - before > SLEEP_AFTER) {
+    work_on(made, 0, 1);
+    if ((nanoseconds() - start) * (uint64_t)(num_task - 1) < WORTH_WAKING) return;
+  }
+  wake(&pool.epoch, 1);
+}
+
+int launch_in_pool(parallel_body body, void* data, int num_task) {
+  int threads = pool_threads();
+  if (!threads) return -1;
+  if (in_task || threads == 1 || num_task > MOST_TASKS) {
+    return launch_serially(body, data, num_task);
+  }
+  job* made = free_job();
+  if (!made) return launch_serially(body, data, num_task);
+  if (num_task <= 0) num_task = threads * SPLIT;
+  if (atomic_load_explicit(&pool.provided, memory_order_relaxed) < threads) provide(threads);
+
+  publish(made, body, data, num_task, threads);
+  in_task = true;
+  if (atomic_load(&pool.sleepers)) wake_where_it_pays(made, num_task);
+  work_on(made, 0, UINT32_MAX);
+  in_task = false;
+  atomic_fetch_and(&pool.open, ~(1u << (made - jobs)));
+
+  patience p = {0, 0};
+  for (uint32_t left; (left = atomic_load(&made->unfinished)) != 0;) {
+    if (wait_a_turn(&p)) continue;
+    atomic_store(&made->awaited, true);
+    sleep_while(&made->unfinished, left);
+  }
+  int status = atomic_load_explicit(&made->status, memory_order_relaxed);
+  give_error(atomic_load_explicit(&made->error, memory_order_relaxed));
+  atomic_store_explicit(&made->taken, false, memory_order_release);
+  return status;
+}
