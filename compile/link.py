@@ -14,7 +14,9 @@ from normgraph.errors import CompileError, ToolMissing
 
 _HERE = Path(__file__).parent
 # What a kernel needs of TVM's runtime; see backend.c.
-_BACKEND = [str(_HERE / f"{name}.c") for name in ("backend", "cpu_count", "thread_pool", "workspace")]
+_BACKEND = [
+    str(_HERE / f"{name}.c") for name in ("backend", "cpu_count", "thread_pool", "workspace")
+]
 # The rest stays inside: another library's function of the same name is not called instead, and the
 # loader does not put TVM's functions in place of ours.
 _EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
@@ -70,7 +72,9 @@ def _refuse_open_symbols(library: Path, tool: str) -> None:
     Symbols of the C library carry a version.
     """
     nm = _run([tool, "-print-prog-name=nm"]).strip()
-    lines = [line.split() for line in _run([nm, "-D", "--undefined-only", str(library)]).splitlines()]
+    lines = [
+        line.split() for line in _run([nm, "-D", "--undefined-only", str(library)]).splitlines()
+    ]
     needed = [words[-1] for words in lines if words[-2:-1] == ["U"]]
     foreign = [name for name in needed if "@" not in name and not name.startswith("TVMFFI")]
     if foreign:

@@ -26,7 +26,7 @@ enum { YIELD_AFTER = 5000, SLEEP_AFTER = 100000 };
 /* Work, as one thread does it, for which a sleeping thread is woken; see wake_where_it_pays. */
 enum { WORTH_WAKING = 100000 };
 
-enum { JOBS = 8, LINE = 64, MOST_TASKS = 4096 };
+enum { JOBS = 8, LINE = 64, LOOPS = 64, MOST_TASKS = 4096 };
 
 /* Tasks that nobody has begun: the job's generation, the end and the beginning of a range, in 32,
  * 16 and 16 bits. The generation makes a claim that was overtaken by the next job fail. */
@@ -62,10 +62,14 @@ static struct {
   _Alignas(LINE) _Atomic uint32_t epoch; /* counts launches; idle workers wait for it to change */
   _Atomic uint32_t open;                 /* a bit a job that may have tasks to claim */
   _Alignas(LINE) _Atomic uint32_t sleepers;
-  _Atomic uint64_t hesitated; /* when a launch last left the sleepers alone at first */
+  _Atomic uint64_t alone; /* when a launch last found threads asleep, in nanoseconds */
   _Alignas(LINE) _Atomic int limit; /* threads of a launch; 0 before it is known */
   _Atomic int provided;             /* as many threads as have been asked for, with the caller */
 } pool;
+
+/* Of loops that found threads asleep: half of the body's address, and the nanoseconds that one
+ * thread would take for all tasks. */
+static _Atomic uint64_t costs[LOOPS];
 
 /* Guards what follows, and changes of `limit` and `provided`. */
 static pthread_mutex_t manage = PTHREAD_MUTEX_INITIALIZER;
@@ -145,8 +149,8 @@ static void fail(job* of, int status) {
   }
 }
 
-/* Runs tasks of a job until none is left to claim, or `most` of them. */
-static void work_on(job* on, int home, uint32_t most) {
+/* Runs tasks of a job until none is left to claim, or `most` of them. Returns how many. */
+static uint32_t work_on(job* on, int home, uint32_t most) {
   int threads = atomic_load_explicit(&on->threads, memory_order_relaxed);
   uint32_t done = 0;
   for (int turn = 0; turn < threads; ++turn) {
@@ -161,6 +165,7 @@ static void work_on(job* on, int home, uint32_t most) {
   if (done && atomic_fetch_sub(&on->unfinished, done) == done && atomic_load(&on->awaited)) {
     wake(&on->unfinished, 1);
   }
+  return done;
 }
 
 static bool retire(int index) {
@@ -185,13 +190,11 @@ static void* worker(void* argument) {
   for (;;) {
     uint32_t epoch = atomic_load(&pool.epoch);
     if (index >= atomic_load(&pool.limit) && retire(index)) return NULL;
-    for (uint32_t open; (open = atomic_load(&pool.open)) != 0;) {
-      /* Waking spreads from thread to thread while there is work for more of them. */
-      if (slept && atomic_load(&pool.sleepers)) wake(&pool.epoch, 2);
-      slept = false;
-      for (; open; open &= open - 1) work_on(&jobs[__builtin_ctz(open)], index, UINT32_MAX);
-      break;
-    }
+    uint32_t open = atomic_load(&pool.open);
+    /* Waking spreads from thread to thread while there is work for more of them. */
+    if (slept && open && atomic_load(&pool.sleepers)) wake(&pool.epoch, 2);
+    slept = false;
+    for (; open; open &= open - 1) work_on(&jobs[__builtin_ctz(open)], index, UINT32_MAX);
     patience p = {0, 0};
     while (atomic_load_explicit(&pool.epoch, memory_order_acquire) == epoch) {
       if (wait_a_turn(&p)) continue;
@@ -310,15 +313,25 @@ static void publish(job* made, parallel_body body, void* data, int num_task, int
 }
 
 /* Waking a thread costs the waker some microseconds, and the thread comes later still. A launch
- * that does not follow closely upon another does its first task before it decides. */
-static void wake_where_it_pays(job* made, int num_task) {
+ * that finds threads asleep wakes them at once where it follows closely upon another such launch,
+ * or where the same loop was not known to be short; else it does its first task and then decides.
+ */
+static void wake_where_it_pays(job* made, parallel_body body, int num_task) {
+  uint64_t now = nanoseconds();
+  uint64_t before = atomic_exchange_explicit(&pool.alone, now, memory_order_relaxed);
+  uint32_t name = (uint32_t)((uintptr_t)body >> 4);
+  _Atomic uint64_t* known = &costs[(name ^ name >> 6) % LOOPS];
+  uint64_t cost = atomic_load_explicit(known, memory_order_relaxed);
+  bool isolated = now - before > SLEEP_AFTER && cost >> 32 == name;
+  bool hesitate = isolated && (uint32_t)cost < WORTH_WAKING;
+  if (!hesitate) wake(&pool.epoch, 1);
+
   uint64_t start = nanoseconds();
-  uint64_t before = atomic_exchange_explicit(&pool.hesitated, start, memory_order_relaxed);
-  if (start - before > SLEEP_AFTER) {
-    work_on(made, 0, 1);
-    if ((nanoseconds() - start) * (uint64_t)(num_task - 1) < WORTH_WAKING) return;
-  }
-  wake(&pool.epoch, 1);
+  if (!work_on(made, 0, 1)) return;
+  cost = (nanoseconds() - start) * (uint64_t)num_task;
+  if (cost > UINT32_MAX) cost = UINT32_MAX;
+  atomic_store_explicit(known, (uint64_t)name << 32 | cost, memory_order_relaxed);
+  if (hesitate && cost >= WORTH_WAKING) wake(&pool.epoch, 1);
 }
 
 int launch_in_pool(parallel_body body, void* data, int num_task) {
@@ -334,7 +347,7 @@ int launch_in_pool(parallel_body body, void* data, int num_task) {
 
   publish(made, body, data, num_task, threads);
   in_task = true;
-  if (atomic_load(&pool.sleepers)) wake_where_it_pays(made, num_task);
+  if (atomic_load(&pool.sleepers)) wake_where_it_pays(made, body, num_task);
   work_on(made, 0, UINT32_MAX);
   in_task = false;
   atomic_fetch_and(&pool.open, ~(1u << (made - jobs)));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import onnx
 import pytest
 import tvm
 import tvm_ffi
+from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 
 import normgraph as ng
 from normgraph.compile import importing, link, pipeline, resolve
@@ -316,3 +318,17 @@ def program() -> Callable[..., TensorProgram]:
 def within() -> Callable[..., None]:
     """within(got, want, dtype, bound, message): see `close`."""
     return close
+
+
+@pytest.fixture(scope="session")
+def probe_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """probe.c as a library, linked as kernels are."""
+    folder = tmp_path_factory.mktemp("probe")
+    goal = resolve("cpu")
+    source = Path(__file__).with_name("probe.c")
+    command = [str(link.compiler(goal)), "-std=gnu11", "-O1", "-fPIC", "-c", str(source)]
+    for folder_ in (Path(link.__file__).parent, find_include_path(), find_dlpack_include_path()):
+        command.append(f"-I{folder_}")
+    subprocess.run([*command, "-o", str(folder / "probe.o")], check=True)
+    assert link.link(folder / "probe.o", folder / "probe.so", goal)
+    return folder / "probe.so"
