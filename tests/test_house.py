@@ -46,7 +46,7 @@ TOP = {
     "src",
     "tests",
 }
-TEXT = {"", ".c", ".md", ".py", ".sh", ".toml", ".txt"}
+TEXT = {"", ".c", ".h", ".md", ".py", ".sh", ".toml", ".txt"}
 PUBLIC = ("errors", "graphs", "compile", "runtime")
 # Where every public function, class, method and property is documented, but for the names that
 # say it all.
@@ -112,7 +112,7 @@ def test_files_are_short(repository: Path) -> None:
     long = {
         str(path): count
         for path in files(repository)
-        if path.suffix in (".py", ".c")
+        if path.suffix in (".py", ".c", ".h")
         and (count := (repository / path).read_text("utf-8").count("\n")) > LONGEST
     }
     assert long == {}

@@ -56,7 +56,7 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
 def test_the_wheel_holds_exactly_the_source_files(wheel: zipfile.ZipFile, repository: Path) -> None:
     expected = {"normgraph/py.typed"}
     for package, folder in FOLDERS.items():
-        patterns = ("*.py", "*.c") if folder in ("compile", "scripts") else ("*.py",)
+        patterns = ("*.py", "*.c", "*.h") if folder in ("compile", "scripts") else ("*.py",)
         for pattern in patterns:
             # Files of a folder nobody listed as a package are expected too, and then missing.
             for path in (repository / folder).rglob(pattern):
