@@ -23,6 +23,8 @@ KEEP_OLD(pthread_sigmask);
 enum { SPLIT = 4 };
 /* Nanoseconds. Idle threads wait with pauses, then let others run as well, then sleep. */
 enum { YIELD_AFTER = 5000, SLEEP_AFTER = 100000 };
+/* A worker changes its CPU at most this often. */
+enum { MOVE_AFTER = 1000000 };
 /* Work, as one thread does it, for which a sleeping thread is woken; see wake_where_it_pays. */
 enum { WORTH_WAKING = 100000 };
 
@@ -65,6 +67,7 @@ static struct {
   _Atomic uint64_t alone; /* when a launch last found threads asleep, in nanoseconds */
   _Alignas(LINE) _Atomic int limit; /* threads of a launch; 0 before it is known */
   _Atomic int provided;             /* as many threads as have been asked for, with the caller */
+  _Atomic int caller;               /* the CPU of the last launch */
 } pool;
 
 /* Of loops that found threads asleep: half of the body's address, and the nanoseconds that one
@@ -168,6 +171,26 @@ static uint32_t work_on(job* on, int home, uint32_t most) {
   return done;
 }
 
+/* Where a thread of the pool runs. A worker on the CPU of a launching thread gets no turn before the
+ * work is done, and some schedulers leave it there for as long as launches follow each other, even
+ * if another CPU is idle. So it leaves that CPU, but is not bound to one: processes that bind
+ * threads by number meet on the same CPUs. */
+typedef struct {
+  cpu_mask mask;
+  uint64_t moved;
+} place;
+
+static void leave_cpu(place* of) {
+  int cpu = sched_getcpu();
+  if (cpu < 0 || cpu != atomic_load_explicit(&pool.caller, memory_order_relaxed)) return;
+  uint64_t now = nanoseconds();
+  if (now - of->moved < MOVE_AFTER) return;
+  of->moved = now;
+  cpu_mask others = of->mask;
+  CPU_CLR_S(cpu, sizeof others, (cpu_set_t*)&others);
+  sched_setaffinity(0, sizeof others, (cpu_set_t*)&others); /* refused where there is no other */
+}
+
 static bool retire(int index) {
   pthread_mutex_lock(&manage);
   bool leaves = index >= atomic_load(&pool.limit);
@@ -182,14 +205,15 @@ static void* worker(void* argument) {
   snprintf(name, sizeof name, "normgraph-%d", index);
   prctl(PR_SET_NAME, name);
   /* Not the creator's mask: a pool that binds threads may have bound it to one CPU. */
-  cpu_mask mask;
-  cpus_of_process(&mask);
-  sched_setaffinity(0, sizeof mask, (cpu_set_t*)&mask);
+  place here = {.moved = 0};
+  cpus_of_process(&here.mask);
+  sched_setaffinity(0, sizeof here.mask, (cpu_set_t*)&here.mask);
   in_task = true;
   bool slept = false;
   for (;;) {
     uint32_t epoch = atomic_load(&pool.epoch);
     if (index >= atomic_load(&pool.limit) && retire(index)) return NULL;
+    leave_cpu(&here);
     uint32_t open = atomic_load(&pool.open);
     /* Waking spreads from thread to thread while there is work for more of them. */
     if (slept && open && atomic_load(&pool.sleepers)) wake(&pool.epoch, 2);
@@ -345,6 +369,10 @@ int launch_in_pool(parallel_body body, void* data, int num_task) {
   if (num_task <= 0) num_task = threads * SPLIT;
   if (atomic_load_explicit(&pool.provided, memory_order_relaxed) < threads) provide(threads);
 
+  int cpu = sched_getcpu();
+  if (cpu != atomic_load_explicit(&pool.caller, memory_order_relaxed)) {
+    atomic_store_explicit(&pool.caller, cpu, memory_order_relaxed);
+  }
   publish(made, body, data, num_task, threads);
   in_task = true;
   if (atomic_load(&pool.sleepers)) wake_where_it_pays(made, body, num_task);
