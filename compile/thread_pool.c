@@ -1,4 +1,14 @@
-/* The thread pool behind parallel loops. */
+/* The thread pool behind parallel loops.
+ *
+ * A launch offers its tasks in ranges, one a thread. Each thread takes tasks from the front of its
+ * own range and then from the ends of the others', by compare and exchange; the caller takes part.
+ * So no task waits for a thread that sleeps, was not given a CPU, or is not there after a fork, and
+ * neighbouring tasks stay with one thread. Several threads may launch at once: workers help all of
+ * them. Where all places for jobs are taken, and inside a task, a loop runs on its caller. Idle
+ * workers look out for work for 100 us and then sleep.
+ *
+ * docs/threads.md says why it is not OpenMP or TVM's pool, with measurements.
+ */
 #define _GNU_SOURCE
 #include "backend.h"
 
@@ -122,7 +132,7 @@ static bool wait_a_turn(patience* p) {
 }
 
 /* Takes a task: of the own range the first, of another's the last. What is read before the exchange
- * belongs to the job whose range is exchanged, because a job changes only after its last task. */
+ * belongs to the job whose range is exchanged: a job changes only after its last task. */
 static bool claim(job* from, int place, bool own, task* claimed) {
   _Atomic uint64_t* word = &from->ranges[place].tasks;
   uint64_t seen = atomic_load_explicit(word, memory_order_acquire);
@@ -171,10 +181,8 @@ static uint32_t work_on(job* on, int home, uint32_t most) {
   return done;
 }
 
-/* Where a thread of the pool runs. A worker on the CPU of a launching thread gets no turn before the
- * work is done, and some schedulers leave it there for as long as launches follow each other, even
- * if another CPU is idle. So it leaves that CPU, but is not bound to one: processes that bind
- * threads by number meet on the same CPUs. */
+/* Where a worker may run. On the CPU of a launching thread it gets no turn before the work is done,
+ * and the scheduler may leave it there although another CPU is idle. So it leaves that CPU. */
 typedef struct {
   cpu_mask mask;
   uint64_t moved;
@@ -231,10 +239,9 @@ static void* worker(void* argument) {
 }
 
 static void before_fork(void) { pthread_mutex_lock(&manage); }
-
 static void in_parent(void) { pthread_mutex_unlock(&manage); }
 
-/* A child has none of the workers, and none of the threads whose launches were under way. */
+/* A child has none of the workers, nor the threads whose launches were under way. */
 static void in_child(void) {
   for (int i = 0; i < JOBS; ++i) {
     if (!atomic_load(&jobs[i].taken)) continue;

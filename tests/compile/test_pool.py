@@ -37,8 +37,8 @@ def own_threads():
     for task in os.listdir("/proc/self/task"):
         try:
             names.append(open(f"/proc/self/task/{task}/comm").read().strip())
-        except FileNotFoundError:
-            pass
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it ended meanwhile
     return sorted(name for name in names if name.startswith("normgraph-"))
 
 def in_child(module, check):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 import normgraph as ng
+from normgraph.errors import ArgumentError, ArgumentTypeError
 
 
 def test_many_threads_get_their_own_answers(op: Any, toy: Any) -> None:
@@ -95,3 +99,112 @@ def test_many_threads_in_compiled_kernels(name: str, build_operator: Callable[..
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+# In a process without TVM and the compiler, as in the bare install. argv: an artifact.
+_BARE = """
+import os, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("onnx", "torch", "tvm"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+import normgraph as ng
+from normgraph.errors import ArgumentError, ArgumentTypeError
+
+def own_threads():
+    tasks = os.listdir("/proc/self/task")
+    names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks]
+    return sorted(name for name in names if name.startswith("normgraph-"))
+
+def call():
+    x = np.ones((16, 6, 1031), np.float32)
+    ones = np.ones(6, np.float32)
+    return op.inference(x, ones, ones, ones, ones)
+"""
+
+
+def _bare(text: str, path: object = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    rest = {key: value for key, value in os.environ.items() if key != "NORMGRAPH_NUM_THREADS"}
+    return subprocess.run(
+        [sys.executable, "-c", _BARE + text, str(path)],
+        capture_output=True,
+        text=True,
+        env={**rest, **environment},
+        check=False,
+    )
+
+
+def test_kernels_use_threads_in_the_bare_install(build_artifact: Callable[..., Any]) -> None:
+    path = build_artifact(*SPECS["instance_norm"])
+    done = _bare(
+        """
+ng.set_num_threads(3)  # before there is a library
+op = ng.load(sys.argv[1])
+print(ng.get_num_threads(), *own_threads())
+call()
+print(*own_threads())
+ng.set_num_threads(4)
+call()
+print(*own_threads())
+""",
+        path,
+    )
+    assert done.returncode == 0, done.stderr
+    threads = ["normgraph-1", "normgraph-2", "normgraph-3"]
+    assert [line.split() for line in done.stdout.splitlines()] == [["3"], threads[:2], threads]
+
+
+def test_the_environment_variable(build_artifact: Callable[..., Any]) -> None:
+    path = build_artifact(*SPECS["instance_norm"])
+    text = "print(ng.get_num_threads()); op = ng.load(sys.argv[1]); print(ng.get_num_threads())"
+    done = _bare(text, path, NORMGRAPH_NUM_THREADS="5")
+    assert (done.stdout.split(), done.stderr) == (["5", "5"], "")
+    done = _bare(f"ng.set_num_threads(2); {text}", path, NORMGRAPH_NUM_THREADS="5")
+    assert done.stdout.split() == ["2", "2"]
+    for wrong in ("0", "-1", "two", "2.5", "257", "1000000000000000000000", " 3"):
+        done = _bare("op = ng.load(sys.argv[1])", path, NORMGRAPH_NUM_THREADS=wrong)
+        assert done.returncode == 1
+        message = (
+            f"NORMGRAPH_NUM_THREADS: expected a whole number from 1 to 256, but it is {wrong!r}"
+        )
+        assert message in done.stderr
+
+
+def test_the_number_of_cpus_that_may_be_used(build_artifact: Callable[..., Any]) -> None:
+    """One CPU gives one thread; a thread bound by itself does not bind the pool."""
+    path = build_artifact(*SPECS["instance_norm"])
+    text = """
+import os
+import subprocess
+import sys
+import threading
+print(ng.get_num_threads())
+op = ng.load(sys.argv[1])
+print(ng.get_num_threads())
+"""
+    narrowed = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert _bare(narrowed + text, path, OPENBLAS_NUM_THREADS="1").stdout.split()[-1:] == ["1"]
+    whole = len(os.sched_getaffinity(0))
+    bound = "import threading; stay = threading.Event()\n"
+    bound += "threading.Thread(target=stay.wait, daemon=True).start()\n" + narrowed + text
+    expected = [str(min(whole, ng.get_num_threads()))] * 2
+    assert _bare(bound, path).stdout.split() == expected
+
+
+def test_what_set_num_threads_takes() -> None:
+    before = ng.get_num_threads()
+    try:
+        for count in (1, 256, np.int64(7)):
+            ng.set_num_threads(count)
+            assert ng.get_num_threads() == count
+        for wrong in (0, -3, 257, 2**70):
+            with pytest.raises(ArgumentError, match="expected 1 to 256"):
+                ng.set_num_threads(wrong)
+        for odd in (True, 2.0, "2", None):
+            with pytest.raises(ArgumentTypeError, match="expected a whole number"):
+                ng.set_num_threads(odd)  # type: ignore[arg-type]
+        assert ng.get_num_threads() == 7
+    finally:
+        ng.set_num_threads(before)
