@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import tvm_ffi
 
@@ -23,7 +23,7 @@ _lock = threading.Lock()
 _asked: int | None = None
 
 
-def set_num_threads(n: int, /) -> None:
+def set_num_threads(n: SupportsIndex, /) -> None:
     """Let each later call of a kernel use at most n threads, the calling one included.
 
     n: from 1 to 256; 1 runs everything on the calling thread. It holds for the whole process and
