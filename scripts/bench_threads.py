@@ -3,7 +3,7 @@
 A pool that spins while another works takes a core from it, and two threads of one team on one core
 wait for the scheduler's turns, 4 or 8 ms at a time. So the calling thread is bound to the first
 core and the OpenMP threads, which torch, Inductor and the memory limits share, to those after it.
-TVM binds its own threads so, and onnxruntime is told to.
+TVM binds its own threads so, and onnxruntime is told to. Ours leave the core of the calling thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import normgraph
 
 # The system counts a thread's time in hundredths of a second.
 _WATCHED = 0.15
@@ -34,19 +36,12 @@ def allowed() -> tuple[int, ...]:
 
 
 def prepare(threads: int) -> int:
-    """Size the pools to come, and say how many threads our kernels will use.
-
-    To be called before an artifact is loaded: its library binds TVM's pool if that is there, and a
-    serial loop if not.
-    """
+    """Size the pools to come, and say how many threads our kernels will use."""
     allowed()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if importlib.util.find_spec("tvm") is None:
-        return 1
     os.environ.setdefault("TVM_NUM_THREADS", str(threads))
-    import tvm  # noqa: F401
-
-    return threads
+    normgraph.set_num_threads(threads)
+    return normgraph.get_num_threads()
 
 
 @contextlib.contextmanager
