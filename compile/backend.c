@@ -128,8 +128,8 @@ static int stay(void) {
 __attribute__((constructor)) static void choose_backend(void) {
   const backend* chosen = TVMFFIFunctionGetGlobal ? offered() : NULL;
   if (!chosen) {
-    /* Threads must not outlive their code; a library that cannot stay has none. */
-    if (!stay()) return;
+    /* Threads must not outlive their code, nor a child miss them: else there are none. */
+    if (!stay() || !handle_forks()) return;
     chosen = &own;
     if (TVMFFIFunctionSetGlobal && offer(OFFER, give_backend) == 0) {
       offer("normgraph.set_num_threads", set_num_threads);

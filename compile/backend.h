@@ -2,8 +2,10 @@
 #ifndef NORMGRAPH_BACKEND_H_
 #define NORMGRAPH_BACKEND_H_
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 enum { MOST_THREADS = 256 };
 
@@ -16,6 +18,7 @@ typedef struct {
 typedef int (*parallel_body)(int task, task_env* env, void* data);
 
 /* thread_pool.c */
+bool handle_forks(void); /* to be called once, before anything is launched */
 int launch_in_pool(parallel_body body, void* data, int num_task);
 int launch_serially(parallel_body body, void* data, int num_task);
 int pool_threads(void); /* 0: NORMGRAPH_NUM_THREADS is wrong, and the error is set */
@@ -32,6 +35,21 @@ typedef struct {
 int cpus_of_process(cpu_mask* mask); /* how many, and which */
 int cpu_quota(const char* root);     /* 0: no limit */
 int default_threads(void);           /* 0: NORMGRAPH_NUM_THREADS is wrong */
+
+/* placement.c */
+typedef struct {
+  cpu_mask allowed;
+  cpu_mask set; /* what the worker last asked for, as the system took it */
+  uint64_t moved;
+} placement;
+void place_worker(placement* of);
+void leave_cpu(placement* of, int launching);
+
+static inline uint64_t nanoseconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
 
 /* backend.c */
 void set_error(const char* kind, const char* message);

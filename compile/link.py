@@ -15,7 +15,8 @@ from normgraph.errors import CompileError, ToolMissing
 _HERE = Path(__file__).parent
 # What a kernel needs of TVM's runtime; see backend.c.
 _BACKEND = [
-    str(_HERE / f"{name}.c") for name in ("backend", "cpu_count", "thread_pool", "workspace")
+    str(_HERE / f"{name}.c")
+    for name in ("backend", "cpu_count", "placement", "thread_pool", "workspace")
 ]
 # The rest stays inside: another library's function of the same name is not called instead, and the
 # loader does not put TVM's functions in place of ours.

@@ -18,11 +18,9 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 KEEP_OLD(pthread_create);
@@ -33,8 +31,6 @@ KEEP_OLD(pthread_sigmask);
 enum { SPLIT = 4 };
 /* Nanoseconds. Idle threads wait with pauses, then let others run as well, then sleep. */
 enum { YIELD_AFTER = 5000, SLEEP_AFTER = 100000 };
-/* A worker changes its CPU at most this often. */
-enum { MOVE_AFTER = 1000000 };
 /* Work, as one thread does it, for which a sleeping thread is woken; see wake_where_it_pays. */
 enum { WORTH_WAKING = 100000 };
 
@@ -87,7 +83,6 @@ static _Atomic uint64_t costs[LOOPS];
 /* Guards what follows, and changes of `limit` and `provided`. */
 static pthread_mutex_t manage = PTHREAD_MUTEX_INITIALIZER;
 static bool alive[MOST_THREADS];
-static bool handles_fork;
 
 static _Thread_local bool in_task;
 
@@ -97,12 +92,6 @@ static void relax(void) {
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
-}
-
-static uint64_t nanoseconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 static void sleep_while(_Atomic uint32_t* word, uint32_t value) {
@@ -181,24 +170,6 @@ static uint32_t work_on(job* on, int home, uint32_t most) {
   return done;
 }
 
-/* Where a worker may run. On the CPU of a launching thread it gets no turn before the work is done,
- * and the scheduler may leave it there although another CPU is idle. So it leaves that CPU. */
-typedef struct {
-  cpu_mask mask;
-  uint64_t moved;
-} place;
-
-static void leave_cpu(place* of) {
-  int cpu = sched_getcpu();
-  if (cpu < 0 || cpu != atomic_load_explicit(&pool.caller, memory_order_relaxed)) return;
-  uint64_t now = nanoseconds();
-  if (now - of->moved < MOVE_AFTER) return;
-  of->moved = now;
-  cpu_mask others = of->mask;
-  CPU_CLR_S(cpu, sizeof others, (cpu_set_t*)&others);
-  sched_setaffinity(0, sizeof others, (cpu_set_t*)&others); /* refused where there is no other */
-}
-
 static bool retire(int index) {
   pthread_mutex_lock(&manage);
   bool leaves = index >= atomic_load(&pool.limit);
@@ -212,16 +183,14 @@ static void* worker(void* argument) {
   char name[16];
   snprintf(name, sizeof name, "normgraph-%d", index);
   prctl(PR_SET_NAME, name);
-  /* Not the creator's mask: a pool that binds threads may have bound it to one CPU. */
-  place here = {.moved = 0};
-  cpus_of_process(&here.mask);
-  sched_setaffinity(0, sizeof here.mask, (cpu_set_t*)&here.mask);
+  placement here;
+  place_worker(&here);
   in_task = true;
   bool slept = false;
   for (;;) {
     uint32_t epoch = atomic_load(&pool.epoch);
     if (index >= atomic_load(&pool.limit) && retire(index)) return NULL;
-    leave_cpu(&here);
+    leave_cpu(&here, atomic_load_explicit(&pool.caller, memory_order_relaxed));
     uint32_t open = atomic_load(&pool.open);
     /* Waking spreads from thread to thread while there is work for more of them. */
     if (slept && open && atomic_load(&pool.sleepers)) wake(&pool.epoch, 2);
@@ -257,11 +226,14 @@ static void in_child(void) {
   pthread_mutex_init(&manage, NULL);
 }
 
+bool handle_forks(void) { return pthread_atfork(before_fork, in_parent, in_child) == 0; }
+
 /* Starts the workers that a launch of so many threads lacks. Where the system refuses one, those
  * that run do its share. */
 static void provide(int threads) {
   pthread_mutex_lock(&manage);
-  if (!handles_fork) handles_fork = pthread_atfork(before_fork, in_parent, in_child) == 0;
+  int limit = atomic_load(&pool.limit); /* it may have been lowered meanwhile */
+  if (threads > limit) threads = limit;
   sigset_t blocked, before;
   sigfillset(&blocked);
   sigdelset(&blocked, SIGBUS);
@@ -269,7 +241,7 @@ static void provide(int threads) {
   sigdelset(&blocked, SIGILL);
   sigdelset(&blocked, SIGSEGV);
   pthread_sigmask(SIG_SETMASK, &blocked, &before);
-  for (int index = 1; handles_fork && index < threads; ++index) {
+  for (int index = 1; index < threads; ++index) {
     pthread_t thread;
     if (alive[index]) continue;
     if (pthread_create(&thread, NULL, worker, (void*)(intptr_t)index) != 0) break;

@@ -3,7 +3,6 @@
 #include "backend.h"
 
 #include <pthread.h>
-#include <stdbool.h>
 #include <stdlib.h>
 
 KEEP_OLD(pthread_key_create);

@@ -103,7 +103,7 @@ def test_many_threads_in_compiled_kernels(name: str, build_operator: Callable[..
 
 # In a process without TVM and the compiler, as in the bare install. argv: an artifact.
 _BARE = """
-import os, sys
+import os, sys, time
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("onnx", "torch", "tvm"):
@@ -117,6 +117,12 @@ def own_threads():
     tasks = os.listdir("/proc/self/task")
     names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in tasks]
     return sorted(name for name in names if name.startswith("normgraph-"))
+
+def awaited(count):  # a thread names itself once it has a turn
+    end = time.monotonic() + 60
+    while len(own_threads()) < count and time.monotonic() < end:
+        time.sleep(0.01)
+    return own_threads()
 
 def call():
     x = np.ones((16, 6, 1031), np.float32)
@@ -144,10 +150,10 @@ ng.set_num_threads(3)  # before there is a library
 op = ng.load(sys.argv[1])
 print(ng.get_num_threads(), *own_threads())
 call()
-print(*own_threads())
+print(*awaited(2))
 ng.set_num_threads(4)
 call()
-print(*own_threads())
+print(*awaited(3))
 """,
         path,
     )
