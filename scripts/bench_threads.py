@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import normgraph
+from normgraph.runtime.threads import MOST_THREADS
 
 # The system counts a thread's time in hundredths of a second.
 _WATCHED = 0.15
@@ -40,7 +41,7 @@ def prepare(threads: int) -> int:
     allowed()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TVM_NUM_THREADS", str(threads))
-    normgraph.set_num_threads(threads)
+    normgraph.set_num_threads(min(threads, MOST_THREADS))
     return normgraph.get_num_threads()
 
 
