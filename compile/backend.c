@@ -40,7 +40,20 @@ typedef struct {
 
 static const backend own = {launch_in_pool, alloc_workspace, free_workspace};
 
-int (*__TVMBackendParallelLaunch)(parallel_body, void*, int) = launch_serially;
+static int (*launch_anywhere)(parallel_body, void*, int) = launch_serially;
+static _Thread_local bool stays;
+
+/* A kernel says here, before its loops, whether they are too small for several threads. */
+int32_t normgraph_stay_on_thread(int32_t small) {
+  stays = small;
+  return 0;
+}
+
+static int launch(parallel_body body, void* data, int num_task) {
+  return (stays ? launch_serially : launch_anywhere)(body, data, num_task);
+}
+
+int (*__TVMBackendParallelLaunch)(parallel_body, void*, int) = launch;
 void* (*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = alloc_workspace;
 int (*__TVMBackendFreeWorkspace)(int, int, void*) = free_workspace;
 
@@ -136,7 +149,7 @@ __attribute__((constructor)) static void choose_backend(void) {
       offer("normgraph.get_num_threads", get_num_threads);
     }
   }
-  __TVMBackendParallelLaunch = chosen->launch;
+  launch_anywhere = chosen->launch;
   __TVMBackendAllocWorkspace = chosen->alloc;
   __TVMBackendFreeWorkspace = chosen->free;
 }

@@ -1,25 +1,33 @@
-"""Statistics over the leading axes with nothing behind them: batch norm of a matrix.
+"""Slices read as columns: what lies behind the leading axis (n) is one row for the vectors.
 
-Here a slice is a column, and reading one alone would touch a line of memory for each element. So
-all columns are done together, row by row: each of a fixed number of row ranges adds its rows up
-into partial sums of its own, the partial sums are added in a fixed order, and what follows from
-them is computed for all columns in vectors. Four rows go side by side, so that a sum is loaded and
-stored once for four.
+Batch norm's slices are channels, and where a channel has few elements together (7x7, or one, as in
+a matrix) a row of its own would be mostly its ends. So the elements of neighbouring channels are
+taken as one row of columns. Each column gets sums of its own, over n; four rows go side by side, so
+that a sum is loaded and stored once for four. The columns of a channel are added up at the end, and
+what has one element a channel is spread over its columns before it is used.
 
-Bytes: x (and dy) once a pass, in order; the sums stay in cache.
+Two ways:
+ - a block of channels a task, all rows of it: up to 2048 columns, whose sums stay in L1, and no
+   more of them than L2 holds the rows of, so that the second pass finds them there;
+ - many rows of few columns: all columns together and the rows in order, in a fixed number of row
+   ranges with partial sums of their own, which are added in a fixed order.
+
+Bytes: x (and dy) once a pass, and an eighth to a quarter of that for the sums in L1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.column_arrays import ColumnArrays
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.row_kernel import output_row, row
+from normgraph.compile.row_kernel import RowStore, RowSum, output_row, row
 from normgraph.compile.row_reader import (
     ROW_RANGES,
     ROWS_ABREAST,
@@ -27,20 +35,20 @@ from normgraph.compile.row_reader import (
     SliceMemory,
     column_sum,
 )
-from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.slice_plan import Pass, SlicePlan, Step, distinct
 from normgraph.compile.streaming import Streaming
-from normgraph.compile.tensor_program import Tensor
+from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import (
     Expr,
     Stmt,
     bind,
+    constant,
     floordiv,
     i64,
     load,
     loop,
     modulo,
     plus,
-    product,
     runs,
     seq,
     times,
@@ -49,36 +57,65 @@ from normgraph.compile.tir import (
     zero,
 )
 
-# Steps of four rows that a sum takes before it is moved on, so that the error of a sum over many
-# grows with its square root.
-_RUN = 16
+# Columns and channels of a block.
+MOST_COLUMNS = 2048
+MOST_CHANNELS = 128
+# Rows that a column's sum takes before it is added to its channel's, so that the error of a sum
+# over many grows with its square root.
+_RUN = 128
+
+
+@dataclass
+class Columns:
+    """Channels `start` to `start + count`, in one task; or, with `whole`, all of them in many."""
+
+    start: Expr
+    count: Expr
+    whole: bool = False
 
 
 class ColumnWork:
-    """Emits the whole work of a function; `large` says whether outputs go past the caches."""
+    """Emits the whole work of these channels; `large`: outputs go past the caches."""
 
-    def __init__(self, frame: Frame, lanes: int, streaming: Streaming, large: Expr) -> None:
+    def __init__(
+        self,
+        frame: Frame,
+        channels: Columns,
+        lanes: int,
+        streaming: Streaming,
+        large: Expr,
+    ) -> None:
         self.frame = frame
         self.plan: SlicePlan = frame.plan
-        self.extents = frame.program.extents
+        self.channels = channels
         self.lanes = lanes
         self.streaming = streaming
         self.large = large
-        self.columns = product([self.extents[a] for a in self.plan.slice_axes])
-        self.rows = product([self.extents[a] for a in self.plan.lead_axes])
+        self.ranges = ROW_RANGES if channels.whole else 1
+        self.length = self.plan.row_length
+        self.row_axes = (*self.plan.slice_axes, *self.plan.inner_axes)
+        self.columns: Expr = times(channels.count, self.length)
         self.memory = SliceMemory(frame, (), (), 1)
-        self.memory.locals = {t: self._array(t, i64(1)) for t in self.plan.per_slice}
-
-    def _array(self, tensor: Tensor, copies: Expr) -> Any:
-        size = times(copies, element_count(tensor))
-        return tirx.decl_buffer((size,), tensor.dtype, tensor.name, scope="global")
+        room = i64(MOST_CHANNELS if constant(self.length) == 1 else MOST_COLUMNS)
+        self.channel_room = channels.count if channels.whole else i64(MOST_CHANNELS)
+        self.arrays = ColumnArrays(
+            times(i64(self.ranges), self.columns) if channels.whole else room
+        )
 
     def emit(self) -> Stmt:
-        """All passes, each a parallel loop over rows and then the columns' values."""
-        stmts: list[Stmt] = [tirx.AllocBuffer(b) for b in self.memory.locals.values()]
-        for work in self.plan.passes:
-            stmts += self._pass(work)
-        return seq(stmts)
+        """All passes, each a loop over rows and then the channels' values."""
+        before: list[Stmt] = []
+        self.columns = bind("columns", self.columns, before)
+        self.first_column = bind("first_column", times(self.channels.start, self.length), before)
+        for tensor in self.plan.per_slice:
+            self.memory.locals[tensor] = self._array(tensor, self.channel_room, before)
+        stmts = [stmt for work in self.plan.passes for stmt in self._pass(work)]
+        return seq([*before, *self.arrays.allocate(), *stmts])
+
+    def _array(self, tensor: Tensor, size: Expr, stmts: list[Stmt]) -> Any:
+        buffer = tirx.decl_buffer((size,), tensor.dtype, tensor.name, scope="global")
+        stmts.append(tirx.AllocBuffer(buffer))
+        return buffer
 
     def _pass(self, work: Pass) -> list[Stmt]:
         sums = [step for step in work.wide if step.is_sum]
@@ -89,7 +126,7 @@ class ColumnWork:
         stmts += [self._settle(work.after)] if work.after else []
         kept = [s.op.out for s in (*sums, *work.after) if s.op.out.output_index is not None]
         if kept:
-            stmts.append(loop(self.columns, lambda c: self._keep(kept, c), name="column"))
+            stmts.append(loop(self.channels.count, lambda c: self._keep(kept, c), name="c"))
         for step in work.wide:
             if not step.is_sum:
                 index = self.frame.output_of(step)
@@ -100,167 +137,263 @@ class ColumnWork:
     # Sums.
 
     def _sums(self, steps: list[Step]) -> Stmt:
-        # Two of each a range: the sum of the run at hand, and that of the runs before.
-        partials = {s.op.out: self._array(s.op.out, i64(2 * ROW_RANGES)) for s in steps}
-        rows = self.rows if steps[0].sample is None else self._sampled(steps[0])
+        stmts: list[Stmt] = []
+        tensors = [step.op.out for step in steps]
+        arrays = {t: self.arrays.new(t, stmts) for t in tensors}
+        # Sums of each channel: of each row range, and of all.
+        parts = {t: self.memory.locals[t] for t in tensors}
+        if self.ranges > 1:
+            size = times(i64(self.ranges), self.channel_room)
+            parts = {t: self._array(t, size, stmts) for t in tensors}
+        sample = steps[0].sample
+        rows = self.plan.rows if sample is None else sample.rows
+        memory = self._spread(steps, stmts)
 
         def task(chunk: Expr) -> Stmt:
-            here = times(chunk, i64(2))
-            run, whole = (times(plus(here, i64(k)), self.columns) for k in range(2))
+            here = times(chunk, self.columns)
+            place = times(chunk, self.channels.count)
 
-            def each(value: Callable[[Any, Tensor, Expr], Stmt]) -> Stmt:
-                return self._each_column(
-                    lambda c: seq([value(buffer, t, c) for t, buffer in partials.items()])
+            def clear(buffers: dict[Tensor, Any], start: Expr, c: Expr) -> Stmt:
+                return seq(
+                    [
+                        tirx.BufferStore(buffer, zero(t.dtype), [plus(start, c)])
+                        for t, buffer in buffers.items()
+                    ]
                 )
 
-            def clear(start: Expr) -> Stmt:
-                return each(lambda b, t, c: tirx.BufferStore(b, zero(t.dtype), [plus(start, c)]))
-
-            def move(buffer: Any, tensor: Tensor, c: Expr) -> Stmt:
-                grown = load(buffer, plus(whole, c)) + load(buffer, plus(run, c))
-                return tirx.BufferStore(buffer, grown, [plus(whole, c)])
-
             def some(first: Expr, count: int) -> Stmt:
-                stmts: list[Stmt] = []
-                readers = self._readers(first, count, stmts)
-                stores = [column_sum(readers, s, partials[s.op.out], here) for s in steps]
-                stmts.append(row(self.columns, [], stores, lanes=self.lanes, unroll=1))
-                return seq(stmts)
+                before: list[Stmt] = []
+                readers = self._readers(memory, first, count, before)
+                stores = [column_sum(readers, s, arrays[s.op.out], here) for s in steps]
+                done = row(self.columns, [], stores, lanes=self.lanes, unroll=1)
+                return seq([*before, done])
 
             def in_run(body: Stmt) -> Stmt:
-                return seq([clear(run), body, each(move)])
+                cleared = self._vectors(self.columns, lambda c: clear(arrays, here, c))
+                return seq([cleared, body, self._folded(arrays, here, parts, place)])
 
-            work = self._range_of(rows, chunk, i64(ROW_RANGES), some, in_run)
-            return seq([clear(whole), work])
+            none = self._vectors(self.channels.count, lambda c: clear(parts, place, c))
+            return seq([none, self._runs_of(rows, chunk, some, in_run)])
 
-        ranges = loop(i64(ROW_RANGES), task, name="range", kind="parallel")
-        alloc = [tirx.AllocBuffer(buffer) for buffer in partials.values()]
-        return seq([*alloc, ranges, *(self._total(t, p) for t, p in partials.items())])
+        stmts.append(loop(i64(self.ranges), task, name="range", kind="parallel"))
+        if self.ranges > 1:
+            stmts += [self._total(t, part) for t, part in parts.items()]
+        return seq(stmts)
 
-    def _sampled(self, step: Step) -> Expr:
-        """Rows of the sample: the last leading axis is cut, the ones before it are not."""
-        if len(self.plan.lead_axes) != 1:
-            raise NotCanonical("a sample of several leading axes")
-        return step.sample
-
-    def _total(self, tensor: Tensor, partial: Any) -> Stmt:
-        whole = self.memory.locals[tensor]
+    def _total(self, tensor: Tensor, parts: Any) -> Stmt:
+        """The sums of all row ranges."""
+        count = self.channels.count
 
         def one(c: Expr) -> Stmt:
-            terms = [
-                load(partial, plus(times(i64(2 * k + 1), self.columns), c))
-                for k in range(ROW_RANGES)
-            ]
+            terms = [load(parts, plus(times(i64(k), count), c)) for k in range(ROW_RANGES)]
             while len(terms) > 1:
                 terms = [tirx.Add(*terms[k : k + 2]) for k in range(0, len(terms), 2)]
-            return tirx.BufferStore(whole, terms[0], [c])
+            return self._keep_local(tensor, terms[0], c)
 
-        return self._each_column(one)
+        return self._vectors(count, one)
 
-    # Values of the columns.
+    def _folded(
+        self, arrays: dict[Tensor, Any], here: Expr, parts: dict[Tensor, Any], place: Expr
+    ) -> Stmt:
+        """The columns' sums, from `here` on, added to their channels', from `place` on."""
+
+        def grow(tensor: Tensor, value: Expr, c: Expr) -> Stmt:
+            to = plus(place, c)
+            return tirx.BufferStore(parts[tensor], load(parts[tensor], to) + value, [to])
+
+        def moved(c: Expr) -> Stmt:
+            return seq([grow(t, load(a, plus(here, c)), c) for t, a in arrays.items()])
+
+        def added(c: Expr) -> Stmt:
+            stmts: list[Stmt] = []
+            base = bind("base", plus(here, times(c, self.length)), stmts)
+
+            def one(tensor: Tensor, array: Any) -> RowSum:
+                return RowSum(
+                    lambda index: load(array, plus(base, index)),
+                    tensor.dtype,
+                    take=lambda total: grow(tensor, total, c),
+                )
+
+            sums = [one(*each) for each in arrays.items()]
+            done = row(self.length, sums, [], lanes=min(self.lanes, 8), unroll=1)
+            return seq([*stmts, done])
+
+        return self._by_length(moved, added)
+
+    def _keep_local(self, tensor: Tensor, value: Expr, c: Expr) -> Stmt:
+        return tirx.BufferStore(self.memory.locals[tensor], value, [c])
+
+    def _by_length(
+        self, one_column: Callable[[Expr], Stmt], several: Callable[[Expr], Stmt]
+    ) -> Stmt:
+        """For all channels: `one_column` in vectors where a channel is one, else `several`."""
+        single = self._vectors(self.channels.count, one_column)
+        if constant(self.length) == 1:
+            return single
+        each = loop(self.channels.count, several, name="c")
+        if constant(self.length) is not None:
+            return each
+        return when(tirx.EQ(self.length, i64(1)), single, each)
+
+    # Values of the channels.
+
+    def _position(self, c: Expr) -> Position:
+        return Position().along(self.plan.slice_axes, plus(self.channels.start, c))
 
     def _settle(self, steps: Sequence[Step]) -> Stmt:
         if any(step.is_sum or step.op.out not in self.plan.per_slice for step in steps):
-            raise NotCanonical("a column's value that is not a map of others")
+            raise NotCanonical("a channel's value that is not a map of others")
 
         def one(c: Expr) -> Stmt:
-            at = Position().along(self.plan.slice_axes, c)
+            at = self._position(c)
             stmts = []
             for step in steps:
                 value = evaluate(step.value, lambda t: self.memory.read(t, at, c))
-                stmts.append(tirx.BufferStore(self.memory.locals[step.op.out], value, [c]))
+                stmts.append(self._keep_local(step.op.out, value, c))
             return seq(stmts)
 
-        return self._each_column(one)
+        return self._vectors(self.channels.count, one)
 
     def _keep(self, tensors: list[Tensor], c: Expr) -> Stmt:
-        at = Position().along(self.plan.slice_axes, c)
+        at = self._position(c)
+        extents = self.frame.program.extents
         return seq(
             [
-                self.frame.request_store(
-                    t, load(self.memory.locals[t], c), offset(t, at, self.extents)
-                )
+                self.frame.request_store(t, load(self.memory.locals[t], c), offset(t, at, extents))
                 for t in tensors
             ]
         )
 
-    def _each_column(self, body: Callable[[Expr], Stmt]) -> Stmt:
-        vectors = floordiv(self.columns, self.lanes)
+    def _spread(self, steps: Sequence[Step], stmts: list[Stmt]) -> SliceMemory:
+        """What these steps read of the channels, an element a column."""
+        wide = frozenset(self.plan.wide_axes)
+        every = distinct(t for step in steps for t in loads(step.value))
+        narrow = [t for t in every if t in self.memory.locals or t.axes != wide]
+        if constant(self.length) == 1 or not narrow:
+            return self.memory
+        memory = SliceMemory(self.frame, (), (), 1)
+        memory.locals = {t: self.arrays.new(t, stmts) for t in narrow}
+
+        def copied(c: Expr) -> Stmt:
+            at = self._position(c)
+            return seq(
+                [
+                    tirx.BufferStore(buffer, self.memory.read(t, at, c), [c])
+                    for t, buffer in memory.locals.items()
+                ]
+            )
+
+        def repeated(c: Expr) -> Stmt:
+            before: list[Stmt] = []
+            base = bind("base", times(c, self.length), before)
+            at = self._position(c)
+
+            def one(tensor: Tensor, buffer: Any) -> RowStore:
+                value = self.memory.read(tensor, at, c)
+                return RowStore(
+                    lambda index: value,
+                    lambda index, value, new: tirx.BufferStore(buffer, value, [plus(base, index)]),
+                    tensor.dtype,
+                )
+
+            stores = [one(*each) for each in memory.locals.items()]
+            done = row(self.length, [], stores, lanes=min(self.lanes, 8), unroll=1)
+            return seq([*before, done])
+
+        stmts.append(self._by_length(copied, repeated))
+        return memory
+
+    def _vectors(self, count: Expr, body: Callable[[Expr], Stmt]) -> Stmt:
+        vectors = floordiv(count, self.lanes)
 
         def vector(k: Expr) -> Stmt:
             base = times(k, i64(self.lanes))
             return vector_loop(self.lanes, lambda lane: body(plus(base, lane)))
 
         done = times(vectors, i64(self.lanes))
-        rest = loop(modulo(self.columns, self.lanes), lambda k: body(plus(done, k)), name="column")
+        rest = loop(modulo(count, self.lanes), lambda k: body(plus(done, k)), name="rest")
         return seq([loop(vectors, vector, name="vector"), rest])
 
     # Outputs.
 
     def _output(self, step: Step, *, add: bool = False) -> Stmt:
-        ranges = i64(4 * ROW_RANGES)
+        stmts: list[Stmt] = []
+        memory = self._spread([step], stmts)
+        ranges = 4 * ROW_RANGES if self.channels.whole else 1
+        large = None if add else self.large
+
+        def one(n: Expr) -> Stmt:
+            before: list[Stmt] = []
+            stores = [reader.output(step, add) for reader in self._readers(memory, n, 1, before)]
+            done = output_row(
+                self.columns,
+                stores,
+                lanes=self.lanes,
+                unroll=2,
+                streaming=self.streaming,
+                large=large,
+                apart=True,
+            )
+            return seq([*before, done])
 
         def task(chunk: Expr) -> Stmt:
-            def some(first: Expr, count: int) -> Stmt:
-                stmts: list[Stmt] = []
-                readers = self._readers(first, count, stmts)
-                stores = [reader.output(step, add) for reader in readers]
-                done = output_row(
-                    self.columns,
-                    stores,
-                    lanes=self.lanes,
-                    unroll=1,
-                    streaming=self.streaming,
-                    large=self.large,
-                )
-                return seq([*stmts, done])
+            before: list[Stmt] = []
+            first, last = _range(self.plan.rows, chunk, ranges, before)
+            rows = loop(tirx.Sub(last, first), lambda k: one(plus(first, k)), name="row")
+            fence = None if large is None else when(large, self.streaming.fence())
+            return seq([*before, rows, fence])
 
-            work = self._range_of(self.rows, chunk, ranges, some)
-            return work if add else seq([work, when(self.large, self.streaming.fence())])
+        return seq([*stmts, loop(i64(ranges), task, name="range", kind="parallel")])
 
-        return loop(ranges, task, name="range", kind="parallel")
-
-    # Rows.
-
-    def _readers(self, first: Expr, count: int, before: list[Stmt]) -> list[RowReader]:
+    def _readers(
+        self, memory: SliceMemory, first: Expr, count: int, before: list[Stmt]
+    ) -> list[RowReader]:
         return [
             RowReader(
-                self.memory,
+                memory,
                 Position().along(self.plan.lead_axes, plus(first, i64(k))),
-                self.plan.slice_axes,
+                self.row_axes,
                 None,
                 before,
-                start=i64(0),
+                start=self.first_column,
             )
             for k in range(count)
         ]
 
-    def _range_of(
+    def _runs_of(
         self,
         rows: Expr,
         chunk: Expr,
-        ranges: Expr,
         some: Callable[[Expr, int], Stmt],
-        in_run: Callable[[Stmt], Stmt] = lambda body: body,
+        in_run: Callable[[Stmt], Stmt],
     ) -> Stmt:
-        """The rows of one of `ranges` equal ranges: in fours, then the rest one by one.
-
-        `in_run` surrounds each run of _RUN fours, and the rest.
-        """
+        """The rows of a range in runs, each by fours and then one by one; `in_run` surrounds it."""
         stmts: list[Stmt] = []
-        first = bind("first", tirx.FloorDiv(times(chunk, rows), ranges), stmts)
-        last = bind("last", tirx.FloorDiv(times(plus(chunk, i64(1)), rows), ranges), stmts)
-        fours = bind("fours", floordiv(tirx.Sub(last, first), ROWS_ABREAST), stmts)
-        rest = bind("rest", plus(first, times(fours, i64(ROWS_ABREAST))), stmts)
+        first, last = _range(rows, chunk, self.ranges, stmts)
 
         def run(start: Expr, count: Expr) -> Stmt:
+            before: list[Stmt] = []
+            begin = bind("begin", plus(first, start), before)
+            fours = bind("fours", floordiv(count, ROWS_ABREAST), before)
+            done = bind("done", plus(begin, times(fours, i64(ROWS_ABREAST))), before)
+
             def four(k: Expr) -> Stmt:
-                return some(plus(first, times(plus(start, k), i64(ROWS_ABREAST))), ROWS_ABREAST)
+                return some(plus(begin, times(k, i64(ROWS_ABREAST))), ROWS_ABREAST)
 
-            return in_run(loop(count, four, name="rows"))
+            rows = [
+                loop(fours, four, name="rows"),
+                loop(modulo(count, ROWS_ABREAST), lambda k: some(plus(done, k), 1), name="row"),
+            ]
+            return seq([*before, in_run(seq(rows))])
 
-        stmts.append(runs(fours, _RUN, run))
-        stmts.append(
-            in_run(loop(tirx.Sub(last, rest), lambda k: some(plus(rest, k), 1), name="row"))
-        )
-        return seq(stmts)
+        return seq([*stmts, runs(tirx.Sub(last, first), _RUN, run)])
+
+
+def _range(rows: Expr, chunk: Expr, ranges: int, stmts: list[Stmt]) -> tuple[Expr, Expr]:
+    """Where one of `ranges` equal ranges of the rows begins and ends."""
+    if ranges == 1:
+        return i64(0), rows
+    first = tirx.FloorDiv(times(chunk, rows), i64(ranges))
+    last = tirx.FloorDiv(times(plus(chunk, i64(1)), rows), i64(ranges))
+    return bind("first", first, stmts), bind("last", last, stmts)

@@ -126,7 +126,7 @@ class Finish:
 
                 return _lanes(width, one)
 
-            return loop(i64(self.frame.n_partials), add_range, name="range")
+            return loop(self.frame.n_partials, add_range, name="range")
         *axes, last = sorted(step.op.reduce)
 
         def add_slice(inner: Position, part: Any) -> Stmt:

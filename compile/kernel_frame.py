@@ -38,7 +38,7 @@ class Frame:
     request is null may be any compact tensor of its rank and dtype and is not touched.
     """
 
-    def __init__(self, plan: SlicePlan, outputs: Sequence[str], partials: int) -> None:
+    def __init__(self, plan: SlicePlan, outputs: Sequence[str], partials: Expr) -> None:
         self.plan = plan
         self.program = plan.program
         self.func = self.program.func
@@ -52,7 +52,7 @@ class Frame:
             t: _workspace(t, element_count(t)) for t in plan.stored
         }
         self.partials: dict[Tensor, Any] = {
-            s.op.out: _workspace(s.op.out, times(i64(partials), element_count(s.op.out)))
+            s.op.out: _workspace(s.op.out, times(partials, element_count(s.op.out)))
             for s in plan.column_sums
         }
         self.params: list[Any] = []

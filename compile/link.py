@@ -18,6 +18,8 @@ _BACKEND = [
     str(_HERE / f"{name}.c")
     for name in ("backend", "cpu_count", "placement", "thread_pool", "workspace")
 ]
+# Tells the pool whether a kernel's loops are too small for several threads.
+STAY_ON_THREAD = "normgraph_stay_on_thread"
 # The rest stays inside: another library's function of the same name is not called instead, and the
 # loader does not put TVM's functions in place of ours.
 _EXPORTS = "{ global: __tvm_ffi_*; local: *; };"

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.addressing import Position, element_count, evaluate, offset
+from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.affine import common_factor, multiplied_out
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
@@ -17,7 +17,8 @@ from normgraph.compile.slice_plan import Step
 from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, bind, i64, keep, plus, seq, times
 
-# Row ranges with partial sums of their own; fixed, so that the thread count changes no result.
+# At most so many row ranges have partial sums of their own: by the rows and not by the threads, so
+# that those change no result.
 ROW_RANGES = 16
 # Rows that go side by side, their column sums in registers together.
 ROWS_ABREAST = 4
@@ -182,10 +183,6 @@ class RowReader:
             stream=lambda index: frame.load(tensor, place(index)),
         )
 
-    def into_buffer(self, step: Step, buffer: Any) -> RowStore:
-        """Add to a sum with an element of its own for each slice of the row."""
-        return _growing(buffer, self.value(step), lambda index: index)
-
     def row_sum(self, step: Step) -> RowSum:
         """The sum of the row, added to its slice's."""
         tensor = step.op.out
@@ -224,13 +221,10 @@ class RowReader:
         return RowSum(self.value(step), step.op.out.dtype, collect=collect)
 
 
-def column_sum(readers: Sequence[RowReader], step: Step, partial: Any, chunk: Expr) -> RowStore:
-    """Add several rows, element by element, to row range `chunk` of the partial sums."""
-    first = readers[0]
-    tensor = step.op.out
+def column_sum(readers: Sequence[RowReader], step: Step, partial: Any, start: Expr) -> RowStore:
+    """Add several rows, element by element, to `partial` from `start` on."""
     values = [reader.value(step) for reader in readers]
-    start = offset(tensor, first.at.along(first.row_axes, i64(0)), first.memory.extents)
-    base = bind("partial", plus(times(chunk, element_count(tensor)), start), first.before)
+    base = bind("partial", start, readers[0].before)
 
     def value(index: Expr) -> Expr:
         terms = [each(index) for each in values]

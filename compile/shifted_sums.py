@@ -8,10 +8,11 @@ traversals. Any number s near the mean serves as well to centre on, for with d =
     sum((x - mean)^2) = sum((x - s)^2) - d (sum(x - s) + sum(x - mean))
 
 exactly (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", section 3).
-s is the mean of a sample: of each row the first 1/16, or at least a vector. The last line cancels
-where d^2 is much larger than the variance, and it cannot be: with a sample of m/16 elements the
-slice has d^2 <= 16 var, whatever the data, so at worst 17 times the rounding of the two-pass sum is
-left, and for a sample drawn by chance next to nothing is lost.
+s is the mean of a sample: of each row the first 1/16, or at least a vector; or, where slices are
+read in columns, of 1/16 of the rows. The last line cancels where d^2 is much larger than the
+variance, and it cannot be: with a sample of m/16 elements the slice has d^2 <= 16 var, whatever the
+data, so at worst 17 times the rounding of the two-pass sum is left, and for a sample drawn by
+chance next to nothing is lost.
 
 The sum that leaves the rounding of the mean, sum(x - mean), stays what it is in the graph, and all
 that follows from it.
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from normgraph.compile.slice_plan import Pass, SlicePlan, Step
+from normgraph.compile.slice_plan import Pass, Sample, SlicePlan, Step
 from normgraph.compile.tensor_program import (
     Apply,
     Load,
@@ -34,7 +35,7 @@ from normgraph.compile.tensor_program import (
     is_read,
     loads,
 )
-from normgraph.compile.tir import Expr, floordiv, i64, least, plus, product, times
+from normgraph.compile.tir import Expr, floordiv, i64, least, plus, times
 
 # One element in so many is sampled, in whole vectors of the widest registers.
 _SHARE = 16
@@ -83,10 +84,10 @@ def _rewrite(plan: SlicePlan, k: int, found: _Match) -> None:
     first, second = plan.passes[k], plan.passes[k + 1]
     x, dtype = found.total.value, found.total.op.out.dtype
     m = found.mean.value.args[1]  # type: ignore[union-attr]
-    length, count = _sample(plan)
+    sample, count = _sample(plan)
     needs = found.total.needs | found.centred.needs | found.squares.needs
 
-    def wide(name: str, value: Node, step: Step, sample: Expr | None = None) -> Step:
+    def wide(name: str, value: Node, step: Step, sample: Sample | None = None) -> Step:
         tensor = plan.slice_value(name, dtype)
         needed = needs if step is not found.squares else step.needs
         return Step(Operation(tensor, value, step.op.reduce), value, needed, sample)
@@ -94,7 +95,7 @@ def _rewrite(plan: SlicePlan, k: int, found: _Match) -> None:
     def narrow(tensor: Tensor, value: Node) -> Step:
         return Step(Operation(tensor, value), value, needs)
 
-    sampled = wide("sample", x, found.total, length)
+    sampled = wide("sample", x, found.total, sample)
     shift = plan.slice_value("shift", dtype)
     sample_mean = Apply(tirx.Div, (Load(sampled.op.out), Scalar(tirx.Cast(dtype, count))))
     around = Apply(tirx.Sub, (x, Load(shift)))
@@ -121,15 +122,15 @@ def _rewrite(plan: SlicePlan, k: int, found: _Match) -> None:
     del plan.per_slice[found.total.op.out]
 
 
-def _sample(plan: SlicePlan) -> tuple[Expr, Expr]:
-    """How much of each row, or how many rows, to take; and how many elements of a slice that is."""
-    extents = plan.program.extents
-    lead = [extents[a] for a in plan.lead_axes]
-    if not plan.inner_axes:
-        taken = _share(lead[-1], 1)
-        return taken, product([*lead[:-1], taken])
-    taken = _share(product([extents[a] for a in plan.inner_axes]), _VECTOR)
-    return taken, product([*lead, taken])
+def _sample(plan: SlicePlan) -> tuple[Sample, Expr]:
+    """What to take of each slice, and how many elements that is."""
+    rows, length, in_columns = plan.rows, plan.row_length, plan.in_columns
+    sample = Sample(elements=_share(length, _VECTOR), rows=_share(rows, 1))
+    of_rows = times(rows, sample.elements)
+    of_columns = times(sample.rows, length)
+    if isinstance(in_columns, bool):
+        return sample, of_columns if in_columns else of_rows
+    return sample, tirx.Select(in_columns, of_columns, of_rows)
 
 
 def _share(extent: Expr, unit: int) -> Expr:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tvm import tirx
+
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.tensor_program import (
     ONE,
@@ -24,20 +26,34 @@ from normgraph.compile.tensor_program import (
     TensorProgram,
     loads,
 )
+from normgraph.compile.tir import constant, i64, product, times
+
+# Rows of up to so many elements are read in columns where their square is at most so many times the
+# rows of a slice: what is done once for all rows grows with a row's length, and so does, for each
+# row, what there is to save. Measured.
+_SHORT_ROW = 512
+_SHORT_ROW_SHARE = 160
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The part of a slice: the first `elements` of each row, or, read in columns, `rows` rows."""
+
+    elements: Any
+    rows: Any
 
 
 @dataclass(eq=False)
 class Step:
     """One operation of a pass, with its value written over tensors that exist at that point.
 
-    needs: the outputs that depend on it. sample: where it takes only so many elements of each row
-    (or, with nothing behind the slices' axes, so many rows).
+    needs: the outputs that depend on it. sample: where it takes only a part of each slice.
     """
 
     op: Operation
     value: Node
     needs: frozenset[int]
-    sample: Any = None
+    sample: Sample | None = None
 
     @property
     def is_sum(self) -> bool:
@@ -79,6 +95,33 @@ class SlicePlan:
         """The axes behind the slices' own, along which one row lies."""
         outside = (*self.slice_axes, *self.lead_axes)
         return tuple(a for a in self.wide_axes if a not in outside)
+
+    @property
+    def rows(self) -> Any:
+        """How many rows a slice has: the product of the axes before its own."""
+        return product([self.program.extents[a] for a in self.lead_axes])
+
+    @property
+    def row_length(self) -> Any:
+        """How many elements lie together behind the slices' axes."""
+        return product([self.program.extents[a] for a in self.inner_axes])
+
+    @property
+    def in_columns(self) -> Any:
+        """Whether slices are read as columns, for rows too short to be read one by one.
+
+        A condition on the extents, or True or False where it is certain.
+        """
+        if not self.lead_axes or self.stored or self.column_sums:
+            return False
+        length, rows = self.row_length, self.rows
+        known = constant(length), constant(rows)
+        if known[0] is not None and known[1] is not None:
+            return known[0] <= _SHORT_ROW and known[0] ** 2 <= _SHORT_ROW_SHARE * known[1]
+        if known[0] is not None and (known[0] == 1 or known[0] > _SHORT_ROW):
+            return known[0] == 1
+        share = tirx.LE(times(length, length), times(i64(_SHORT_ROW_SHARE), rows))
+        return tirx.And(tirx.LE(length, i64(_SHORT_ROW)), share)
 
     def slice_value(self, name: str, dtype: str) -> Tensor:
         """A new tensor with one element a slice."""

@@ -9,20 +9,22 @@ Strategy.
     taken out of its rows (`affine`, `coefficients`).
  2. Slices are spread over the threads, or left to the calling one where there is little to do. A
     task takes a block of neighbouring slices of at least 12 KB together (where other axes come
-    before them, as batch norm's n, 12 KB of each such row), or one slice that is as long. With
-    nothing behind the channel axis it takes a run of channels as the vector, and for many rows
-    all columns together (`column_work`).
+    before them, as batch norm's n, 12 KB of each such row), or one slice that is as long as 2 to
+    4 KB. Of arrays that the last-level cache does not hold, blocks are smaller: 4 KB, or one slice
+    of 1 KB. Where a channel's elements lie in rows too short for that, it is read in columns
+    (`column_work`).
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache.
  4. What has one element a slice is computed between passes, for the block in vectors
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
-    sum for each of a fixed number of row ranges, four rows side by side; of per-slice values
-    through a workspace of the statistics' size. Both are combined at the end in a fixed order, so
-    results do not depend on the number of threads.
+    sum for each of at most 16 row ranges, four rows side by side; of per-slice values through a
+    workspace of the statistics' size. Both are combined at the end in a fixed order, so results do
+    not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
- 7. Where what is read fills the last-level cache, outputs are stored past it (`streaming`).
+ 7. Where what is read fills the last-level cache, outputs are stored past it (`streaming`), but for
+    rows so short that much of them lies in lines shared with their neighbours.
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
 last-level cache and of memory.
@@ -45,7 +47,9 @@ The compiler's own vectoriser with reassociation: it may cancel x - mean - delta
 E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next row
 (in memory 3 % either way, in cache 13 to 35 % slower), the second pass backwards, the second pass
 of a row in one loop with the first of the next, larger blocks (in cache a quarter slower, for the
-second reading then comes from L2).
+second reading then comes from L2). Larger blocks in memory: reading and writing take turns there,
+and the longer each turn the slower: instance norm of 64x256x14x14 takes 1.7 times as long in blocks
+of 12 KB as in blocks of 4.
 """
 
 from __future__ import annotations
@@ -57,15 +61,16 @@ from tvm import tirx
 
 from normgraph.compile import coefficients, shifted_sums
 from normgraph.compile.blocks import NotCanonical
-from normgraph.compile.column_work import ColumnWork
+from normgraph.compile.column_work import MOST_CHANNELS, MOST_COLUMNS, Columns, ColumnWork
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame, item_size
+from normgraph.compile.link import STAY_ON_THREAD
 from normgraph.compile.row_reader import ROW_RANGES, ROWS_ABREAST, Block
 from normgraph.compile.slice_plan import SlicePlan, plan
 from normgraph.compile.slice_work import SliceWork
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.targets import Target
-from normgraph.compile.tensor_program import read
+from normgraph.compile.tensor_program import Tensor, read
 from normgraph.compile.tir import (
     Expr,
     Stmt,
@@ -73,6 +78,8 @@ from normgraph.compile.tir import (
     constant,
     floordiv,
     i64,
+    largest,
+    least,
     loop,
     plus,
     product,
@@ -83,17 +90,28 @@ from normgraph.compile.tir import (
 
 NAME = "slices"
 
-# A block of slices covers at least this many bytes of consecutive memory, if it has that many.
+# A block of slices covers at least this many bytes of consecutive memory, if it has that many. Of
+# arrays that the last-level cache does not hold: fewer, so that reading and writing alternate more.
 _RUN_BYTES = 12 * 1024
-# Slices of a block: contiguous ones, and those that lie apart (batch norm's channels).
-_MOST_SLICES = 16
+_FAR_RUN_BYTES = 4 * 1024
+# A row of so many bytes is done alone, by wider vectors and with its sums in registers; or of half
+# as many, where its sums have more to do (two inputs, several rows a slice).
+_LONG_ROW = 4096
+_FAR_LONG_ROW = 1024
+# Slices of a block: contiguous ones of one input, and of two; and those that lie apart (channels).
+_MOST_SLICES = 32
+_MOST_SLICES_OF_TWO = 16
 _MOST_CHANNELS = 64
 # Rows of a block are short and lie anywhere: every vector of 64 bytes would cross a cache line.
 _SHORT_ROW_VECTOR = 32
-# Channels in the vector where nothing lies behind the channel axis.
-_CHANNEL_RUN = 64
-# Rows from which on they are all read in order, with partial sums for ranges of them.
-_COLUMN_WORK_ROWS = 256
+# Read in columns: rows from which on, and columns up to which, they are all read in order.
+_WHOLE_ROWS = 256
+_WHOLE_COLUMNS = 8192
+# Bytes that the rows of a block should have together, so that L2 holds them; and the columns that
+# it has at least.
+_BLOCK_BYTES = 512 * 1024
+_FEWEST_COLUMNS = 256
+_FEWEST_SHARED = 32
 # Up to this many elements a launch of the thread pool costs more than it gains.
 _SERIAL_ELEMENTS = 32768
 
@@ -120,50 +138,85 @@ class _Emitter:
         self.extents = self.program.extents
         self.vector_bytes = target.vector_bytes
         self.streaming = Streaming(target)
-        self.frame = Frame(slice_plan, outputs, ROW_RANGES)
         self.slices = product([self.extents[a] for a in slice_plan.slice_axes])
+        # Never more ranges than there is work for: each has sums to clear and to add up.
+        fours = _ceildiv(self.slices, i64(ROWS_ABREAST))
+        self.ranges = least(i64(ROW_RANGES), largest(fours, i64(1)))
+        self.frame = Frame(slice_plan, outputs, self.ranges)
         self.inner_axes = slice_plan.inner_axes
-        # Nothing behind the slices' own axes: the vector runs across slices.
-        self.across = bool(slice_plan.lead_axes) and not self.inner_axes
 
     def emit(self) -> Any:
         opening = self.frame.open()
         elements = bind(
             "elements", product([self.extents[a] for a in self.plan.wide_axes]), opening
         )
+        cache = i64(self.streaming.cache_bytes)
         # What is read fills the last-level cache by itself: nothing written would stay in it.
         read = times(elements, i64(self._read_bytes()))
-        large = tirx.GT(read, i64(self.streaming.cache_bytes))
-        self.large = bind("large", large, opening, "bool")
+        self.large = bind("large", tirx.GT(read, cache), opening, "bool")
+        # With what is written, half of it, and other arrays want their part.
+        moved = times(elements, i64(2 * (self._read_bytes() + 4)))
+        self.far = bind("far", tirx.GT(moved, cache), opening, "bool")
         small = tirx.LE(elements, i64(_SERIAL_ELEMENTS))
-        slices = when(small, self._all_slices("serial"), self._parallel())
-        body = [*opening, slices, Finish(self.frame, self._lanes()).emit()]
+        stay = tirx.call_extern("int32", STAY_ON_THREAD, tirx.Cast("int32", small))
+        opening.append(tirx.Evaluate(stay))
+        body = [*opening, self._all_slices(), Finish(self.frame, self._lanes()).emit()]
         return self.frame.close(self.streaming.wrap(seq(body)))
+
+    def _whole_inputs(self) -> list[Tensor]:
+        every = frozenset(self.plan.wide_axes)
+        return [t for t in self.program.inputs if t.axes == every]
 
     def _read_bytes(self) -> int:
         """Bytes of all whole-size inputs together, an element."""
-        every = frozenset(self.plan.wide_axes)
-        return sum(item_size(t.dtype) for t in self.program.inputs if t.axes == every)
+        return sum(item_size(t.dtype) for t in self._whole_inputs())
 
     def _lanes(self) -> int:
         sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
         wide = [t for t in self.program.inputs if t.dtype == "float64"]
         return self.vector_bytes // (8 if wide else max(sizes))
 
-    def _all_slices(self, kind: str) -> Stmt:
+    def _all_slices(self) -> Stmt:
         if self.plan.column_sums:
-            return self._row_ranges(kind)
-        return self._blocks(kind)
+            return self._row_ranges()
+        in_columns = self.plan.in_columns
+        if in_columns is False:
+            return self._blocks()
+        columns = self._columns()
+        return columns if in_columns is True else when(in_columns, columns, self._blocks())
 
-    def _parallel(self) -> Stmt:
-        slices = self._all_slices("parallel")
-        if not self.across:
-            return slices
-        rows = product([self.extents[a] for a in self.plan.lead_axes])
-        columns = ColumnWork(self.frame, self._lanes(), self.streaming, self.large).emit()
-        return when(tirx.GE(rows, i64(_COLUMN_WORK_ROWS)), columns, slices)
+    def _columns(self) -> Stmt:
+        stmts: list[Stmt] = []
+        size = bind("block_size", self._channels_in_block(), stmts)
+        blocks = bind("blocks", _ceildiv(self.slices, size), stmts)
 
-    def _row_ranges(self, kind: str) -> Stmt:
+        def task(index: Expr) -> Stmt:
+            inner: list[Stmt] = []
+            start = bind("first_channel", times(index, size), inner)
+            count = bind("count", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
+            return seq([*inner, self._column_work(Columns(start, count))])
+
+        stmts.append(loop(blocks, task, name="task", kind="parallel"))
+        many = tirx.GE(self.plan.rows, i64(_WHOLE_ROWS))
+        few = tirx.LE(times(self.slices, self.plan.row_length), i64(_WHOLE_COLUMNS))
+        whole = self._column_work(Columns(i64(0), self.slices, whole=True))
+        return when(tirx.And(many, few), whole, seq(stmts))
+
+    def _column_work(self, columns: Columns) -> Stmt:
+        return ColumnWork(self.frame, columns, self._lanes(), self.streaming, self.large).emit()
+
+    def _channels_in_block(self) -> Expr:
+        length = tirx.Max(self.plan.row_length, i64(1))
+        most = tirx.Min(i64(MOST_CHANNELS), tirx.FloorDiv(i64(MOST_COLUMNS), length))
+        channel_bytes = times(times(self.plan.rows, length), i64(self._read_bytes()))
+        cached = tirx.FloorDiv(i64(_BLOCK_BYTES), tirx.Max(channel_bytes, i64(1)))
+        most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
+        # A multiple of eight tasks, so that two to eight threads have even shares.
+        rounds = _ceildiv(self.slices, times(most, i64(8)))
+        even = _ceildiv(self.slices, times(rounds, i64(8)))
+        return tirx.Max(even, tirx.Min(most, _ceildiv(i64(_FEWEST_SHARED), length)))
+
+    def _row_ranges(self) -> Stmt:
         if self.plan.lead_axes:
             raise NotCanonical("sums across slices that are not contiguous")
         slice_axes = frozenset(self.plan.slice_axes)
@@ -172,8 +225,8 @@ class _Emitter:
 
         def task(chunk: Expr) -> Stmt:
             stmts: list[Stmt] = [self.frame.clear_partials(chunk)]
-            first = bind("first", _share(self.slices, chunk), stmts)
-            last = bind("last", _share(self.slices, plus(chunk, i64(1))), stmts)
+            first = bind("first", _share(self.slices, chunk, self.ranges), stmts)
+            last = bind("last", _share(self.slices, plus(chunk, i64(1)), self.ranges), stmts)
             rest = first
             if side_by_side:
                 fours = bind("fours", floordiv(tirx.Sub(last, first), ROWS_ABREAST), stmts)
@@ -181,23 +234,23 @@ class _Emitter:
 
             def four(index: Expr) -> Stmt:
                 start = plus(first, times(index, i64(ROWS_ABREAST)))
-                return self._work(Block(start, i64(ROWS_ABREAST), ROWS_ABREAST, chunk), kind)
+                return self._work(Block(start, i64(ROWS_ABREAST), ROWS_ABREAST, chunk))
 
             if side_by_side:
                 stmts.append(loop(fours, four, name="rows"))
             one = loop(
                 tirx.Sub(last, rest),
-                lambda index: self._work(Block(plus(rest, index), i64(1), 1, chunk), kind),
+                lambda index: self._work(Block(plus(rest, index), i64(1), 1, chunk)),
                 name="row",
             )
             return seq([*stmts, one])
 
-        return loop(i64(ROW_RANGES), task, name="range", kind=kind)
+        return loop(self.ranges, task, name="range", kind="parallel")
 
-    def _blocks(self, kind: str) -> Stmt:
-        most = _MOST_SLICES
+    def _blocks(self) -> Stmt:
+        most = _MOST_SLICES if len(self._whole_inputs()) == 1 else _MOST_SLICES_OF_TWO
         if self.plan.lead_axes:
-            most = _CHANNEL_RUN if self.across else _MOST_CHANNELS
+            most = _MOST_CHANNELS
         stmts: list[Stmt] = []
         length = product([self.extents[a] for a in self.inner_axes])
         row_bytes = bind("row_bytes", tirx.Max(times(length, i64(4)), i64(1)), stmts)
@@ -208,42 +261,38 @@ class _Emitter:
             inner: list[Stmt] = []
             start = bind("first_slice", times(index, size), inner)
             count = bind("count", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
-            work = self._work(Block(start, count, most), kind)
-            if self.across:
-                full = tirx.EQ(count, i64(most))
-                work = when(full, self._work(Block(start, i64(most), most), kind), work)
-            elif kind == "parallel":
-                # Long rows, one at a time: what is kept of a slice stays in registers.
-                alone = self._work(Block(start, i64(1), 1), kind)
-                work = when(tirx.EQ(size, i64(1)), alone, work)
-            return seq([*inner, work])
+            # Long rows, one at a time: what is kept of a slice stays in registers.
+            alone = self._work(Block(start, i64(1), 1))
+            several = self._work(Block(start, count, most))
+            return seq([*inner, when(tirx.EQ(size, i64(1)), alone, several)])
 
-        return seq([*stmts, loop(blocks, task, name="task", kind=kind)])
+        return seq([*stmts, loop(blocks, task, name="task", kind="parallel")])
 
-    def _work(self, block: Block, kind: str) -> Stmt:
+    def _work(self, block: Block) -> Stmt:
         vector_bytes = self.vector_bytes
-        if block.most > 1 and not (self.across or self.plan.column_sums):
+        if block.most > 1 and not self.plan.column_sums:
             vector_bytes = min(vector_bytes, _SHORT_ROW_VECTOR)
         work = SliceWork(
             self.frame,
             block,
             self._lanes() // (self.vector_bytes // vector_bytes),
             vector_bytes,
-            across=self.across,
             streaming=self.streaming,
-            large=None if kind == "serial" else self.large,
+            large=self.large,
         )
-        if kind == "serial":
-            return work.emit()
         return seq([work.emit(), when(self.large, self.streaming.fence())])
 
     def _slices_in_block(self, most: int, row_bytes: Expr) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.
         share = _ceildiv(self.slices, i64(8))
-        if self.across:
-            return tirx.Max(tirx.Min(share, i64(most)), i64(min(16, most)))
-        run = _ceildiv(i64(_RUN_BYTES), row_bytes)
-        return tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
+        simple = len(self._whole_inputs()) == 1 and not self.plan.lead_axes
+        run, long = i64(_RUN_BYTES), i64(_LONG_ROW if simple else _LONG_ROW // 2)
+        if not self.plan.lead_axes:
+            run = tirx.Select(self.far, i64(_FAR_RUN_BYTES), run)
+            long = tirx.Select(self.far, i64(_FAR_LONG_ROW), long)
+        run = _ceildiv(run, row_bytes)
+        size = tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
+        return tirx.Select(tirx.GE(row_bytes, long), i64(1), size)
 
 
 def _ceildiv(a: Expr, b: Expr) -> Expr:
@@ -253,9 +302,9 @@ def _ceildiv(a: Expr, b: Expr) -> Expr:
     return tirx.FloorDiv(plus(a, tirx.Sub(b, i64(1))), b)
 
 
-def _share(count: Expr, chunk: Expr) -> Expr:
-    """Where range `chunk` of ROW_RANGES equal ranges begins."""
-    known = constant(count), constant(chunk)
+def _share(count: Expr, chunk: Expr, ranges: Expr) -> Expr:
+    """Where range `chunk` of `ranges` equal ranges begins."""
+    known = constant(count), constant(chunk), constant(ranges)
     if None not in known:
-        return i64(known[0] * known[1] // ROW_RANGES)  # type: ignore[operator]
-    return tirx.FloorDiv(times(chunk, count), i64(ROW_RANGES))
+        return i64(known[0] * known[1] // known[2])  # type: ignore[operator]
+    return tirx.FloorDiv(times(chunk, count), ranges)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.addressing import Position
+from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.row_kernel import (
@@ -31,7 +31,6 @@ from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import (
     Expr,
     Stmt,
-    constant,
     i64,
     load,
     loop,
@@ -52,7 +51,7 @@ _LEAD_RUN = 32
 
 
 class SliceWork:
-    """Emits the statements of one block of slices; `across` runs the vector over the slices."""
+    """Emits the statements of one block of slices."""
 
     def __init__(
         self,
@@ -61,9 +60,8 @@ class SliceWork:
         lanes: int,
         vector_bytes: int,
         *,
-        across: bool,
         streaming: Streaming,
-        large: Expr | None,
+        large: Expr,
     ) -> None:
         self.frame = frame
         self.plan: SlicePlan = frame.plan
@@ -71,7 +69,6 @@ class SliceWork:
         self.block = block
         self.lanes = lanes
         self.vector_bytes = vector_bytes
-        self.across = across
         self.streaming = streaming
         self.large = large
         self.values = SliceValues(frame, block, lanes)
@@ -152,8 +149,6 @@ class SliceWork:
         outer, first = self.plan.lead_axes[:-1], self.plan.lead_axes[-1]
         sums = [step.op.out for step in steps if self._is_local_sum(step)]
         parts = self._parts(sums)
-        sampled = self.across and steps[0].sample is not None
-        extent = steps[0].sample if sampled else self.extents[first]
 
         def leading(index: list[Expr]) -> Stmt:
             at = Position(dict(zip(outer, index, strict=True)))
@@ -164,14 +159,14 @@ class SliceWork:
 
                 return self._added_up(parts, loop(count, one, name=f"n{first}"))
 
-            return runs(extent, _LEAD_RUN, run)
+            return runs(self.extents[first], _LEAD_RUN, run)
 
         nested = nest([(f"n{a}", self.extents[a]) for a in outer], leading)
         return seq([*(tirx.AllocBuffer(buffer) for buffer in parts.values()), nested])
 
     def _parts(self, sums: list[Tensor]) -> dict[Tensor, Any]:
-        """Buffers for the sums of a run: an element a slice, or a vector a slice's rows."""
-        width = self.block.most if self.across else self.block.most * self.lanes
+        """Buffers for the sums of a run: a vector a slice's rows."""
+        width = self.block.most * self.lanes
         return {
             t: tirx.decl_buffer((width,), t.dtype, f"{t.name}_run", scope="global") for t in sums
         }
@@ -185,13 +180,6 @@ class SliceWork:
             whole = self.memory.locals[tensor]
             return tirx.BufferStore(whole, load(whole, c) + value, [c])
 
-        if self.across:
-
-            def grow_all(c: Expr) -> Stmt:
-                return seq([grow(t, c, load(p, c)) for t, p in parts.items()])
-
-            return seq([*stmts, self._all_lanes(self.block.most, grow_all)])
-
         def fold_rows(c: Expr) -> Stmt:
             base = times(c, i64(self.lanes))
             folded = []
@@ -203,8 +191,6 @@ class SliceWork:
 
     def _inner(self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]) -> Stmt:
         """The part of a traversal that lies together in memory."""
-        if self.across:
-            return self._run_of_slices(steps, at, add, parts)
         row_axes = self._row_axes(steps)
         middle = [a for a in self.inner_axes if a not in row_axes]
         columns = [step for step in steps if step.op.out in self.frame.partials]
@@ -251,9 +237,8 @@ class SliceWork:
                 sums.append(reader.lane_sums(step, self.lanes, parts[step.op.out]))
             else:
                 sums.append(reader.row_sum(step))
-        length = steps[0].sample
-        if length is None:
-            length = product([self.extents[a] for a in row_axes])
+        sample = steps[0].sample
+        length = product([self.extents[a] for a in row_axes]) if sample is None else sample.elements
         unroll = registers_a_sum(len(sums), self.vector_bytes)
         if sums:
             done = row(length, sums, stores, lanes=self.lanes, unroll=unroll)
@@ -285,31 +270,17 @@ class SliceWork:
         chunk = self.block.chunk
         assert chunk is not None
         partials = self.frame.partials
-        stores = [column_sum(readers, s, partials[s.op.out], chunk) for s in columns]
+        first = readers[0].at.along(row_axes, i64(0))
+        stores = []
+        for step in columns:
+            tensor = step.op.out
+            start = plus(times(chunk, element_count(tensor)), offset(tensor, first, self.extents))
+            stores.append(column_sum(readers, step, partials[tensor], start))
         for step in steps:
             if not step.is_sum:
                 stores += [reader.output(step, add) for reader in readers]
         length = product([self.extents[a] for a in row_axes])
         return seq([*stmts, self._outputs(length, stores, 1)])
-
-    def _run_of_slices(
-        self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]
-    ) -> Stmt:
-        """A row over the slices of the block, each with sums of its own."""
-        stmts: list[Stmt] = []
-        reader = RowReader(
-            self.memory, at, self.plan.slice_axes, None, stmts, start=self.block.start
-        )
-        stores = [
-            reader.into_buffer(step, parts[step.op.out])
-            if step.is_sum
-            else reader.output(step, add)
-            for step in steps
-        ]
-        full = constant(self.block.count)
-        unroll = 1 if full is None else full // self.lanes
-        stmts.append(row(self.block.count, [], stores, lanes=self.lanes, unroll=unroll))
-        return seq(stmts)
 
 
 def _runs_along(step: Step, run: frozenset[int]) -> bool:

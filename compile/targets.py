@@ -67,9 +67,6 @@ class Target:
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
         if self.disabled:
             config["mattr"] = [f"-{feature}" for feature in self.disabled]
-        # The rules unroll; LLVM's own unrolling on top reorders the loads of a row, which the
-        # hardware's prefetching likes in order.
-        config["cl-opt"] = ["-unroll-runtime:bool=false"]
         return tvm.target.Target(config)
 
 

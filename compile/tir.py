@@ -76,6 +76,12 @@ def least(a: Expr, b: Expr) -> Expr:
     return i64(min(x, y)) if x is not None and y is not None else tirx.Min(a, b)
 
 
+def largest(a: Expr, b: Expr) -> Expr:
+    """max(a, b) for sizes."""
+    x, y = constant(a), constant(b)
+    return i64(max(x, y)) if x is not None and y is not None else tirx.Max(a, b)
+
+
 def total(terms: Sequence[Expr]) -> Expr:
     """The sum of sizes."""
     return reduce(plus, terms, i64(0))

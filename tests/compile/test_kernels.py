@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from normgraph.graphs import build, kinds
 OPS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # N, H, W: one element a plane; one slice; primes; 7 x 7; longer than every vector with a tail;
-# many slices; one image of one long row; enough of both for parallel loops.
-PLANES = ((3, 1, 1), (1, 5, 7), (3, 7, 7), (2, 31, 37), (53, 2, 3), (1, 1, 1021), (3, 61, 67))
+# many slices; one image of one long row; enough of both for parallel loops; short rows, which batch
+# norm reads in columns.
+PLANES = ((3, 1, 1), (1, 5, 7), (3, 7, 7), (2, 31, 37), (53, 2, 3), (1, 1, 1021), (3, 61, 67),
+          (70, 3, 3), (261, 2, 1))  # fmt: skip
 # N, T: one row; primes; many rows (more than there are partial sums, and fewer).
 LINES = ((1, 1), (3, 5), (1, 16), (61, 17))
 
@@ -44,8 +47,8 @@ def test_large_means_lose_no_more_than_the_input_did(op: str, row: Callable[...,
     folds x - mean - delta into x - (mean + delta) fails here.
     """
     kernels = row(op)
-    sizes = {"N": 3, "H": 61, "W": 67, "T": 5}
-    for mean in (100.0, 1e6):
+    long, short = {"N": 3, "H": 61, "W": 67, "T": 5}, {"N": 100, "H": 7, "W": 7, "T": 50}
+    for sizes, mean in itertools.product((long, short), (100.0, 1e6)):
         for kind in ("forward", "backward"):
             inputs = kernels.inputs(kind, sizes, mean=mean)
             got, want = kernels.call(kind, inputs), kernels.answers(kind, inputs)

@@ -96,6 +96,35 @@ def test_matrices(columns: int, build_operator: Callable[..., Any]) -> None:
         _hold(operator, (rows, columns))
 
 
+@pytest.mark.parametrize(("channels", "dtype"), [(3, "float32"), (130, "float32"), (37, "float64")])
+def test_short_rows_in_columns(
+    channels: int, dtype: str, build_operator: Callable[..., Any]
+) -> None:
+    """Channels of few elements a sample: in blocks, all together, one by one, of one element."""
+    spec = NormSpec("batch_norm")
+    operator = build_operator(spec, ("N", channels, "L"), dtype, kinds=("forward", "backward"))
+    for n, length in (
+        (2, 1),
+        (5, 1),
+        (300, 1),
+        (4, 3),  # the calling thread
+        (129, 7),  # one run and the beginning of another
+        (16, 49),
+        (15, 50),  # by rows: just too long for so many of them
+        (64, 49),
+        (260, 49),
+        (256, 63),  # 130 channels: as many columns as are done all together
+        (40000 // channels, 2),
+    ):
+        _hold(operator, (n, channels, length), dtype)
+
+
+def test_short_rows_with_static_shapes(build_operator: Callable[..., Any]) -> None:
+    spec = NormSpec("batch_norm")
+    for shape in ((64, 33, 7, 7), (8, 33, 7, 7), (300, 5, 3, 3)):
+        _hold(build_operator(spec, shape, kinds=("forward", "backward")), shape)
+
+
 def test_matrices_of_float64(build_operator: Callable[..., Any]) -> None:
     spec = NormSpec("batch_norm")
     operator = build_operator(spec, ("N", 37), "float64", kinds=("forward", "backward"))
