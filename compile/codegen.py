@@ -7,7 +7,10 @@ from typing import Any
 
 import tvm
 from tvm import tirx
+from tvm.ir.expr import StringImm
 from tvm.tirx.compilation_pipeline import finalize_device_passes, finalize_host_passes
+
+from normgraph.compile import half_types
 
 _PIPELINE = "normgraph"
 
@@ -21,7 +24,6 @@ def lowering_passes() -> list[Any]:
     """
     return [
         tirx.transform.FlattenBuffer(),
-        tirx.transform.BF16ComputeLegalize(),
         tirx.transform.NarrowDataType(32),
         tirx.transform.VectorizeLoop(True),
         tirx.transform.UnrollLoop(),
@@ -40,19 +42,29 @@ def _pipeline() -> tuple[Any, Any, Any]:
 
 def lower(functions: Mapping[str, Any], target: Any) -> Any:
     """The functions as `generate` hands them to LLVM, to be looked at."""
-    module = tirx.transform.BindTarget(target.with_host(target))(_module(functions))
+    module = tirx.transform.BindTarget(target.with_host(target))(_module(functions, target))
     return tvm.ir.transform.Sequential(lowering_passes())(module)
 
 
 def generate(functions: Mapping[str, Any], target: Any) -> Any:
     """One TVM runtime module with the functions under their names, compiled by LLVM."""
     tirx.register_tir_pipeline(_PIPELINE, _pipeline)
-    return tirx.build(_module(functions), target=target, pipeline=_PIPELINE)
+    return tirx.build(_module(functions, target), target=target, pipeline=_PIPELINE)
 
 
-def _module(functions: Mapping[str, Any]) -> Any:
+def _module(functions: Mapping[str, Any], target: Any) -> Any:
+    text = StringImm(half_types.functions(target))
     named = {
-        name: func.with_attr("global_symbol", name).with_attr("tirx.is_entry_func", False)
+        name: _with_conversions(func, text)
+        .with_attr("global_symbol", name)
+        .with_attr("tirx.is_entry_func", False)
         for name, func in functions.items()
     }
     return tvm.IRModule(named)
+
+
+def _with_conversions(func: Any, text: Any) -> Any:
+    """The function with LLVM's text of the conversions at hand where it takes a half type."""
+    if not any(str(getattr(p, "dtype", "")) in half_types.HALF_TYPES for p in func.params):
+        return func
+    return func.with_body(tirx.AttrStmt(0, "pragma_import_llvm", text, func.body))

@@ -9,6 +9,7 @@ from tvm import tirx
 from tvm.ir import Call, TensorLoad
 
 from normgraph.compile.addressing import element_count
+from normgraph.compile.half_types import HALF_TYPES, before_rounding, narrow, widen
 from normgraph.compile.slice_plan import SlicePlan, Step
 from normgraph.compile.tensor_program import Tensor
 from normgraph.compile.tir import (
@@ -16,7 +17,6 @@ from normgraph.compile.tir import (
     Stmt,
     bind,
     both,
-    cast,
     demand,
     either,
     i64,
@@ -205,11 +205,12 @@ def _clear(buffer: Any, tensor: Tensor, chunk: Expr) -> Stmt:
 
 
 def rounded_sum(old: Expr, value: Expr) -> Expr:
-    """old + value, rounded once where the value was just rounded to a half type."""
-    if isinstance(value, tirx.Cast) and str(value.ty.dtype) in ("float16", "bfloat16"):
-        wide = str(value.value.ty.dtype)
-        return cast(str(value.ty.dtype), tirx.Add(tirx.Cast(wide, old), value.value))
-    return tirx.Add(old, value)
+    """old + value; of a half type, from what the value was rounded from, and rounded once."""
+    dtype = str(value.ty.dtype)
+    if dtype not in HALF_TYPES:
+        return tirx.Add(old, value)
+    exact = before_rounding(value)
+    return narrow(dtype, tirx.Add(widen(old), widen(value) if exact is None else exact))
 
 
 def _workspace(tensor: Tensor, size: Expr) -> Any:

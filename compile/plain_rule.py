@@ -57,6 +57,7 @@ def _loops(func: Any) -> Any:
         s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
         s_tir.transform.ConvertBlocksToOpaque(),
         s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.BF16ComputeLegalize(),
     ]
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     return tvm.ir.transform.Sequential(passes)(module)["main"]

@@ -11,11 +11,12 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.affine import common_factor, multiplied_out
 from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.half_types import HALF_TYPES
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.row_kernel import RowStore, RowSum
 from normgraph.compile.slice_plan import Step
 from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor, loads
-from normgraph.compile.tir import Expr, Stmt, bind, i64, keep, plus, seq, times
+from normgraph.compile.tir import Expr, Stmt, bind, i64, plus, seq, times
 
 # At most so many row ranges have partial sums of their own: by the rows and not by the threads, so
 # that those change no result.
@@ -146,15 +147,10 @@ class RowReader:
     def _fixed(self, node: Node) -> Node:
         if isinstance(node, Scalar) or (isinstance(node, Load) and node.tensor in self.fixed):
             return node if isinstance(node, Scalar) else Scalar(self.fixed[node.tensor])
-        bfloat16 = any(t.dtype == "bfloat16" for t in loads(node))
-        if isinstance(node, Load) and bfloat16:
+        if isinstance(node, Load) and node.tensor.dtype in HALF_TYPES:
             return node
         expr = evaluate(node, lambda t: self.memory.read(t, self.at, self.c))
-        if bfloat16:
-            # BF16ComputeLegalize does not look into a Bind, so the value is kept in memory.
-            value = keep("fixed", expr, self.before)
-        else:
-            value = bind("fixed", expr, self.before, str(expr.ty.dtype))
+        value = bind("fixed", expr, self.before, str(expr.ty.dtype))
         if isinstance(node, Load):
             self.fixed[node.tensor] = value
         return Scalar(value)

@@ -63,25 +63,6 @@ class Streaming:
 def _vector_functions(dtype: str, lanes: int) -> list[str]:
     size = _BYTES[dtype]
     stored = f"<{lanes} x {_LLVM_TYPES[dtype]}>"
-    given, bits = f"{stored} %v", []
-    if dtype == "bfloat16":
-        # TVM passes a float32, rounded or not: to the nearest even, every NaN the usual one.
-        given, whole = f"<{lanes} x float> %given", f"<{lanes} x i32>"
-
-        def all_of(value: int) -> str:
-            return "<" + ", ".join([f"i32 {value}"] * lanes) + ">"
-
-        bits = [
-            f"  %bits = bitcast {given} to {whole}",
-            f"  %shifted = lshr {whole} %bits, {all_of(16)}",
-            f"  %odd = and {whole} %shifted, {all_of(1)}",
-            f"  %half = add {whole} %odd, {all_of(0x7FFF)}",
-            f"  %sum = add {whole} %bits, %half",
-            f"  %upper = lshr {whole} %sum, {all_of(16)}",
-            f"  %nan = fcmp uno {given}, zeroinitializer",
-            f"  %kept = select <{lanes} x i1> %nan, {whole} {all_of(0x7FC0)}, {whole} %upper",
-            f"  %v = trunc {whole} %kept to {stored}",
-        ]
     return [
         f"define i64 @normgraph_unaligned_{dtype}x{lanes}(ptr %p) {{",
         "  %address = ptrtoint ptr %p to i64",
@@ -90,8 +71,7 @@ def _vector_functions(dtype: str, lanes: int) -> list[str]:
         f"  %count = udiv i64 %bytes, {size}",
         "  ret i64 %count",
         "}",
-        f"define i32 @normgraph_stream_{dtype}x{lanes}(ptr %p, {given}) {{",
-        *bits,
+        f"define i32 @normgraph_stream_{dtype}x{lanes}(ptr %p, {stored} %v) {{",
         f"  store {stored} %v, ptr %p, align {lanes * size}, !nontemporal !0",
         "  ret i32 0",
         "}",

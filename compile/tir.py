@@ -10,6 +10,8 @@ from tvm import tirx
 from tvm.ir.expr import StringImm
 from tvm.ir.prim.expr import FloatImm, IntImm
 
+from normgraph.compile.half_types import HALF_TYPES, narrow, widen
+
 Expr = Any
 Stmt = Any
 
@@ -161,28 +163,18 @@ def bind(name: str, value: Expr, out: list[Stmt], dtype: str = "int64") -> Expr:
     return var
 
 
-def keep(name: str, value: Expr, out: list[Stmt]) -> Expr:
-    """Compute a value once into a buffer of one element."""
-    buffer = tirx.decl_buffer((1,), str(value.ty.dtype), name, scope="global")
-    out.extend([tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [i64(0)])])
-    return tirx.BufferLoad(buffer, [i64(0)])
-
-
 def load(buffer: Any, index: Expr) -> Expr:
     """An element of a flat buffer."""
     return tirx.BufferLoad(buffer, [index])
 
 
 def cast(dtype: str, value: Expr) -> Expr:
-    """`value` as `dtype`; a NaN stays one in bfloat16.
-
-    TVM rounds to bfloat16 by adding to the bits, which carries a NaN of many mantissa bits (a GPU's
-    0x7fffffff) over into a zero, so every NaN is made the usual one first.
-    """
-    if dtype == "bfloat16":
-        nan = tirx.reinterpret(str(value.ty.dtype), IntImm("uint32", 0x7FC00000))
-        value = tirx.Select(tirx.isnan(value), nan, value)
-    return tirx.Cast(dtype, value)
+    """`value` as `dtype`."""
+    if str(value.ty.dtype) in HALF_TYPES:
+        value = widen(value)
+    if dtype in HALF_TYPES:
+        return narrow(dtype, value)
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
 
 
 def when(condition: Expr | None, then: Stmt, otherwise: Stmt | None = None) -> Stmt:

@@ -15,7 +15,7 @@ from tvm import tirx
 
 from normgraph import NormSpec
 from normgraph.compile import codegen, link, resolve
-from normgraph.compile.tir import both, demand, i64, keep, loop, seq, when
+from normgraph.compile.tir import bind, both, cast, demand, i64, loop, seq, when
 from normgraph.graphs import build
 
 Build = Callable[..., Any]
@@ -57,11 +57,10 @@ def test_an_if_else_chain_in_a_parallel_loop_keeps_every_branch(packed: Build) -
 
 
 def test_a_bfloat16_value_kept_in_front_of_a_loop(packed: Build) -> None:
-    """BF16ComputeLegalize does not look into a Bind; `keep` goes through memory instead."""
     a = tirx.decl_buffer((1,), "bfloat16", "a", data_alignment=2)
     x = tirx.decl_buffer((33,), "float32", "x", data_alignment=4)
     before: list[Any] = []
-    value = keep("fixed", tirx.Cast("float32", tirx.BufferLoad(a, [i64(0)])), before)
+    value = bind("fixed", cast("float32", tirx.BufferLoad(a, [i64(0)])), before, "float32")
     each = loop(
         i64(33),
         lambda i: tirx.BufferStore(x, tirx.Mul(tirx.BufferLoad(x, [i]), value), [i]),

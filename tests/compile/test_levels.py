@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -23,7 +22,7 @@ from tvm import tirx
 
 from normgraph import NormSpec
 from normgraph.compile import codegen, link, resolve
-from normgraph.compile.tir import cast, loop
+from normgraph.compile.tir import loop
 from normgraph.cpu import LEVELS, levels
 from normgraph.graphs import build as build_graph
 from normgraph.graphs import kinds
@@ -83,10 +82,8 @@ def test_the_levels_are_those_of_llvm() -> None:
             assert set(features) - {"cx16", "sahf"} == set(resolve(level).features)
 
 
-# Conversions of half types: an instruction where the CPU has it (F16C is x86-64-v3, bfloat16 is
-# arithmetic on bits everywhere), else a function that has to be in the library.
-
-HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# What is left of TVM's own casts of float16, in kernels no rule knows: an instruction where the
+# CPU has it (F16C is x86-64-v3), else a function that has to be in the library.
 
 
 def _conversion(source: str, to: str) -> Any:
@@ -94,7 +91,7 @@ def _conversion(source: str, to: str) -> Any:
     a, b = (tirx.decl_buffer((count,), each, name) for each, name in ((source, "a"), (to, "b")))
 
     def convert(i: Any) -> Any:
-        return tirx.BufferStore(b, cast(to, tirx.BufferLoad(a, [i])), [i])
+        return tirx.BufferStore(b, tirx.Cast(to, tirx.BufferLoad(a, [i])), [i])
 
     body = loop(count, convert, name="i")
     return tirx.PrimFunc([a, b], body).with_attr("tirx.noalias", False)
@@ -102,62 +99,28 @@ def _conversion(source: str, to: str) -> Any:
 
 @pytest.fixture(scope="module", params=levels())
 def conversions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of one level: widen_<type> and narrow_<type>, to and from float32."""
-    functions = {f"widen_{half}": _conversion(half, "float32") for half in HALF}
-    functions |= {f"narrow_{half}": _conversion("float32", half) for half in HALF}
+    """A library of one level: widen and narrow, between float16 and float32."""
+    functions = {
+        "widen": _conversion("float16", "float32"),
+        "narrow": _conversion("float32", "float16"),
+    }
     target, folder = resolve(request.param), tmp_path_factory.mktemp("conversions")
     codegen.generate(functions, target.to_tvm()).write_to_file(str(folder / "k.o"), "o")
     assert link.link(folder / "k.o", folder / "k.so", target)
     return folder / "k.so"
 
 
-def _converted(library: Path, name: str, values: Array, dtype: np.dtype[Any]) -> Array:
-    made = tvm.runtime.tensor(np.zeros(values.shape, dtype))
-    tvm_ffi.load_module(str(library))[name](tvm.runtime.tensor(values), made)
-    return np.asarray(made.numpy())
-
-
-def _every(dtype: np.dtype[Any]) -> Array:
-    return np.arange(2**16, dtype=np.uint16).view(dtype)
-
-
-@pytest.mark.parametrize("half", HALF)
-def test_every_half_value_is_widened_exactly(half: str, conversions: Path) -> None:
-    values = _every(HALF[half])
-    got = _converted(conversions, f"widen_{half}", values, np.dtype(np.float32))
-    want = values.astype(np.float32)
-    number = ~np.isnan(want)
-    assert np.array_equal(np.isnan(got), ~number)
-    assert np.array_equal(got.view(np.uint32)[number], want.view(np.uint32)[number])
-
-
-@pytest.mark.parametrize("half", HALF)
-def test_float32_is_rounded_to_the_nearest_half_and_ties_to_even(
-    half: str, conversions: Path
-) -> None:
-    """Every half value, every middle between two, and the float32 next to it on either side."""
-    finite = np.sort(_every(HALF[half]).astype(np.float32))
-    finite = finite[np.isfinite(finite)]
-    beyond = finite[-1] + (finite[-1] - finite[-2]) / np.float32(2)  # rounds to infinity
-    middle = np.concatenate([finite[:-1] / 2 + finite[1:] / 2, [beyond, -beyond]])
-    middle = middle.astype(np.float32)
-    infinity = np.float32(np.inf)
-    values = np.concatenate(
-        [
-            finite,
-            middle,
-            np.nextafter(middle, infinity),
-            np.nextafter(middle, -infinity),
-            np.array([np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1e-45, -1e-45], np.float32),
-        ]
-    )
-    got = _converted(conversions, f"narrow_{half}", values, HALF[half])
+def test_float16_casts_of_tvm(conversions: Path) -> None:
+    module = tvm_ffi.load_module(str(conversions))
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    wide = tvm.runtime.tensor(np.zeros(halves.shape, np.float32))
+    module["widen"](tvm.runtime.tensor(halves), wide)
+    np.testing.assert_array_equal(wide.numpy(), halves.astype(np.float32))
+    numbers = np.random.default_rng(0).uniform(-7e4, 7e4, 2**12).astype(np.float32)
+    made = tvm.runtime.tensor(np.zeros(numbers.shape, np.float16))
+    module["narrow"](tvm.runtime.tensor(numbers), made)
     with np.errstate(over="ignore"):
-        want = values.astype(HALF[half])
-    number = ~np.isnan(values)
-    assert np.array_equal(np.isnan(got.astype(np.float32)), ~number)
-    wrong = (got.view(np.uint16) != want.view(np.uint16)) & number
-    assert not wrong.any(), (values[wrong][:4], got[wrong][:4], want[wrong][:4])
+        np.testing.assert_array_equal(made.numpy(), numbers.astype(np.float16))
 
 
 # What a library may ask of the process: the C library, and tvm-ffi.
@@ -183,7 +146,7 @@ float __truncsfhf2(float value) { return value * 0; }
 _WIDEN = """
 import sys, numpy as np, tvm_ffi
 made = np.zeros(7, np.float32)
-tvm_ffi.load_module(sys.argv[1])["widen_float16"](np.arange(7, dtype=np.float16), made)
+tvm_ffi.load_module(sys.argv[1])["widen"](np.arange(7, dtype=np.float16), made)
 print(made.tolist())
 """
 
