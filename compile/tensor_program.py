@@ -143,6 +143,7 @@ class _Reader:
         self.by_buffer = {block.buffer: block for block in self.blocks}
         self.tensors: dict[Any, Tensor] = {}  # buffer -> its canonical tensor
         self.bound: dict[Any, Any] = {}  # 0-d buffer -> scalar variable
+        self.scalars: list[tuple[Any, Expr]] = []
         self.analyzer = Analyzer()
 
     def read(self) -> TensorProgram:
@@ -150,7 +151,7 @@ class _Reader:
         # A group norm's own rank is one less than the rank it is computed in; the highest rank is
         # the canonical one.
         self.rank = max(len(b.shape) for b in buffers if is_float(b))
-        program = TensorProgram(self.func, self._extents(buffers))
+        program = TensorProgram(self.func, self._extents(buffers), scalars=self.scalars)
         n_inputs = sum(1 for p in self.func.params if p not in self.by_buffer)
         for param in self.func.params[:n_inputs]:
             if len(param.shape) == self.rank:
@@ -196,15 +197,19 @@ class _Reader:
             return  # shapes and element counts: folded into the scalars that use them
         if len(buffer.shape) == 0:
             value = self.analyzer.simplify(self._scalar(block.value, {}))
-            variable = tirx.Var(buffer.name, str(buffer.dtype))
-            program.scalars.append((variable, value))
-            self.bound[buffer] = variable
+            self._bind(buffer, value)
         elif self._is_reshape(block):
             self._reshape(block, program)
         elif len(buffer.shape) == self.rank:
             self._canonical(block, buffer, buffer.shape, program)
         else:
             self._flat_map(block, program)
+
+    def _bind(self, buffer: Any, value: Expr) -> Any:
+        variable = tirx.Var(buffer.name, str(buffer.dtype))
+        self.scalars.append((variable, value))
+        self.bound[buffer] = variable
+        return variable
 
     def _canonical(
         self, block: Block, buffer: Any, dims: Sequence[Expr], program: TensorProgram
@@ -337,7 +342,9 @@ class _Reader:
             return self.bound[source]
         block = self.by_buffer.get(source)
         if block is None:
-            return load  # a 0-d input
+            if len(source.shape):
+                raise NotCanonical(f"{source.name} is used as a scalar")
+            return self._bind(source, load)  # a 0-d input
         if is_float(source) and len(source.shape):
             raise NotCanonical(f"{source.name} is used as a scalar")
         inner = {

@@ -184,3 +184,18 @@ def test_a_symbol_times_a_size(
     """Planes with one open extent build in every type."""
     operator = build_operator(NormSpec("instance_norm"), shape, dtype, kinds=("forward",))
     assert operator.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), ("N", 3, 5, 5), (300, 20)])
+def test_momentum_given_at_the_call(
+    shape: tuple[int | str, ...], build_operator: Callable[..., Any]
+) -> None:
+    """A scalar input, in a static shape used as it is and in others folded with the count."""
+    operator = build_operator(NormSpec("batch_norm", momentum=None), shape, kinds=("forward",))
+    sizes = tuple(4 if size == "N" else int(size) for size in shape)
+    x = np.random.default_rng(0).standard_normal(sizes).astype(np.float32)
+    given = _given(operator.spec, x)
+    for momentum in (0.0, 0.25, 1.0):
+        given["momentum"] = np.asarray(momentum, np.float32)
+        want = reference.run(operator.spec, "forward", given)
+        _close(operator.forward(*given.values()), want, "float32", sizes)
