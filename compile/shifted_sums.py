@@ -8,8 +8,9 @@ traversals. Any number s near the mean serves as well to centre on, for with d =
     sum((x - mean)^2) = sum((x - s)^2) - d (sum(x - s) + sum(x - mean))
 
 exactly (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", section 3).
-s is the mean of a sample: of each row the first 1/16, or at least a vector; or, where slices are
-read in columns, of 1/16 of the rows. The last line cancels where d^2 is much larger than the
+s is the mean of a sample: of each row the first 1/16, or at least a vector, or, where slices are
+read in columns, of 1/16 of the rows; and 0 where that is not finite, so that the mean of data with
+infinities is that of the plain sum. The last line cancels where d^2 is much larger than the
 variance, and it cannot be: with a sample of m/16 elements the slice has d^2 <= 16 var, whatever the
 data, so at worst 17 times the rounding of the two-pass sum is left, and for a sample drawn by
 chance next to nothing is lost.
@@ -35,7 +36,7 @@ from normgraph.compile.tensor_program import (
     is_read,
     loads,
 )
-from normgraph.compile.tir import Expr, floordiv, i64, least, plus, times
+from normgraph.compile.tir import Expr, floordiv, i64, least, plus, times, zero
 
 # One element in so many is sampled, in whole vectors of the widest registers.
 _SHARE = 16
@@ -98,6 +99,7 @@ def _rewrite(plan: SlicePlan, k: int, found: _Match) -> None:
     sampled = wide("sample", x, found.total, sample)
     shift = plan.slice_value("shift", dtype)
     sample_mean = Apply(tirx.Div, (Load(sampled.op.out), Scalar(tirx.Cast(dtype, count))))
+    sample_mean = Apply(_finite_or_zero, (sample_mean,))
     around = Apply(tirx.Sub, (x, Load(shift)))
     centred = wide("shifted", around, found.centred)
     squares = wide("shifted_squares", Apply(tirx.Mul, (around, around)), found.squares)
@@ -137,6 +139,12 @@ def _share(extent: Expr, unit: int) -> Expr:
     """A sixteenth of `extent` or a little more, at least `unit`, a multiple of it or all."""
     each = _SHARE * unit
     return least(extent, times(floordiv(plus(extent, i64(each - 1)), each), i64(unit)))
+
+
+def _finite_or_zero(value: Expr) -> Expr:
+    largest = tirx.max_value(str(value.ty.dtype))
+    finite = tirx.LE(tirx.abs(value), largest)
+    return tirx.Select(finite, value, zero(str(value.ty.dtype)))
 
 
 def _is(value: Node, tensor: Tensor) -> bool:
