@@ -209,6 +209,8 @@ class SliceWork:
 
     def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
         """The longest run of last axes along which every operand is contiguous or constant."""
+        if not self.plan.wide_axes:
+            return ()  # one element of each tensor
         for first in range(len(self.inner_axes)):
             run = self.inner_axes[first:]
             if all(_runs_along(step, frozenset(run)) for step in steps):
