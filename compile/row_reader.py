@@ -11,6 +11,7 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.affine import common_factor, multiplied_out
 from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.coefficients import dtype_of
 from normgraph.compile.half_types import HALF_TYPES
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.row_kernel import RowStore, RowSum
@@ -144,11 +145,17 @@ class RowReader:
             return Apply(node.make, tuple(self._hoisted(arg) for arg in node.args))
         return node
 
+    def _parts_fixed(self, node: Node) -> Node:
+        if isinstance(node, Apply):
+            return Apply(node.make, tuple(self._fixed(arg) for arg in node.args))
+        return node
+
     def _fixed(self, node: Node) -> Node:
         if isinstance(node, Scalar) or (isinstance(node, Load) and node.tensor in self.fixed):
             return node if isinstance(node, Scalar) else Scalar(self.fixed[node.tensor])
-        if isinstance(node, Load) and node.tensor.dtype in HALF_TYPES:
-            return node
+        if dtype_of(node) in HALF_TYPES:
+            # No variable has a half type: it is read, or rounded, where it is used.
+            return self._parts_fixed(node)
         expr = evaluate(node, lambda t: self.memory.read(t, self.at, self.c))
         value = bind("fixed", expr, self.before, str(expr.ty.dtype))
         if isinstance(node, Load):

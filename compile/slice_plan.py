@@ -256,6 +256,8 @@ class _Planner:
                 if tensor not in self.wide_tensors:
                     varying |= tensor.axes
         ordered = sorted(self.every_axis)
+        if not ordered:
+            return frozenset()  # one element of each tensor
         if varying == {ordered[-1]} and len(ordered) > 1:
             return frozenset(varying)  # columns of a matrix
         cut = max((ordered.index(a) + 1 for a in varying), default=len(ordered) - 1)

@@ -10,9 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from normgraph import NormSpec
-from normgraph.graphs import reference
+from normgraph.compile import pipeline, resolve, slice_rule
+from normgraph.graphs import build, kinds, reference
 
 Array = NDArray[Any]
+
+OPERATORS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 
 def _given(spec: NormSpec, x: Array) -> dict[str, Array]:
@@ -199,3 +202,22 @@ def test_momentum_given_at_the_call(
         given["momentum"] = np.asarray(momentum, np.float32)
         want = reference.run(operator.spec, "forward", given)
         _close(operator.forward(*given.values()), want, "float32", sizes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_one_element_of_each(op: str, dtype: str, compile_models: Callable[..., Any]) -> None:
+    """A static shape of ones has no axis at all, and the rule takes it nevertheless."""
+    shape = (1, 1) if op in ("layer_norm", "rms_norm") else (1, 1, 1, 1)
+    spec = NormSpec(op, groups=1 if op == "group_norm" else None).resolve(dtype)
+    models = {kind: build(spec, kind, shape, dtype) for kind in kinds(spec)}
+    for kind, model in models.items():
+        made = pipeline.schedule(kind, model, resolve("cpu"), pipeline.Dump(None), _unexpected)
+        assert made.rule == slice_rule.NAME
+    kernels = compile_models(spec, models)
+    for kind in models:
+        kernels.check(kind, kernels.inputs(kind, mean=3.0))
+
+
+def _unexpected(message: str) -> None:
+    raise AssertionError(message)
