@@ -27,12 +27,17 @@ KEEP_OLD(pthread_create);
 KEEP_OLD(pthread_detach);
 KEEP_OLD(pthread_sigmask);
 
-/* Tasks a thread: several, so that a thread that comes late or is held up gives some away. */
+/* Tasks a thread: several, so that a thread that comes late or is held up gives some away. A short
+ * loop has one: what a kernel does at the beginning and the end of a task would take 5 to 10 % of
+ * it. */
 enum { SPLIT = 4 };
+/* A loop is short below so many nanoseconds, as one thread does it. No thread is woken for it
+ * either; see wake_where_it_pays. */
+enum { SHORT = 100000 };
+/* One launch out of so many is timed. */
+enum { TIMED = 16 };
 /* Nanoseconds. Idle threads wait with pauses, then let others run as well, then sleep. */
 enum { YIELD_AFTER = 5000, SLEEP_AFTER = 100000 };
-/* Work, as one thread does it, for which a sleeping thread is woken; see wake_where_it_pays. */
-enum { WORTH_WAKING = 100000 };
 
 enum { JOBS = 8, LINE = 64, LOOPS = 64, MOST_TASKS = 4096 };
 
@@ -76,8 +81,8 @@ static struct {
   _Atomic int caller;               /* the CPU of the last launch */
 } pool;
 
-/* Of loops that found threads asleep: half of the body's address, and the nanoseconds that one
- * thread would take for all tasks. */
+/* Of loops: half of the body's address, and the nanoseconds that one thread would take for all
+ * tasks, as last timed. */
 static _Atomic uint64_t costs[LOOPS];
 
 /* Guards what follows, and changes of `limit` and `provided`. */
@@ -315,26 +320,41 @@ static void publish(job* made, parallel_body body, void* data, int num_task, int
   atomic_fetch_add(&pool.epoch, 1);
 }
 
-/* Waking a thread costs the waker some microseconds, and the thread comes later still. A launch
- * that finds threads asleep wakes them at once where it follows closely upon another such launch,
- * or where the same loop was not known to be short; else it does its first task and then decides.
- */
-static void wake_where_it_pays(job* made, parallel_body body, int num_task) {
-  uint64_t now = nanoseconds();
-  uint64_t before = atomic_exchange_explicit(&pool.alone, now, memory_order_relaxed);
-  uint32_t name = (uint32_t)((uintptr_t)body >> 4);
-  _Atomic uint64_t* known = &costs[(name ^ name >> 6) % LOOPS];
-  uint64_t cost = atomic_load_explicit(known, memory_order_relaxed);
-  bool isolated = now - before > SLEEP_AFTER && cost >> 32 == name;
-  bool hesitate = isolated && (uint32_t)cost < WORTH_WAKING;
-  if (!hesitate) wake(&pool.epoch, 1);
+typedef struct {
+  _Atomic uint64_t* entry;
+  uint32_t name;
+  bool known, is_short;
+} loop;
 
+static loop look_up(parallel_body body) {
+  uint32_t name = (uint32_t)((uintptr_t)body >> 4);
+  loop found = {&costs[(name ^ name >> 6) % LOOPS], name, false, false};
+  uint64_t cost = atomic_load_explicit(found.entry, memory_order_relaxed);
+  found.known = cost >> 32 == name;
+  found.is_short = found.known && (uint32_t)cost < SHORT;
+  return found;
+}
+
+/* Does the job's first task, and notes what all of them cost. */
+static void time_a_task(job* made, loop* of, int num_task) {
   uint64_t start = nanoseconds();
   if (!work_on(made, 0, 1)) return;
-  cost = (nanoseconds() - start) * (uint64_t)num_task;
+  uint64_t cost = (nanoseconds() - start) * (uint64_t)num_task;
   if (cost > UINT32_MAX) cost = UINT32_MAX;
-  atomic_store_explicit(known, (uint64_t)name << 32 | cost, memory_order_relaxed);
-  if (hesitate && cost >= WORTH_WAKING) wake(&pool.epoch, 1);
+  atomic_store_explicit(of->entry, (uint64_t)of->name << 32 | cost, memory_order_relaxed);
+  of->is_short = cost < SHORT;
+}
+
+/* Waking a thread costs the waker some microseconds, and the thread comes later still. A launch
+ * that finds threads asleep wakes them at once where it follows closely upon another such launch,
+ * or where the loop was not known to be short; else it does its first task and then decides. */
+static void wake_where_it_pays(job* made, loop* of, int num_task) {
+  uint64_t now = nanoseconds();
+  uint64_t before = atomic_exchange_explicit(&pool.alone, now, memory_order_relaxed);
+  bool hesitates = now - before > SLEEP_AFTER && of->is_short;
+  if (!hesitates) wake(&pool.epoch, 1);
+  time_a_task(made, of, num_task);
+  if (hesitates && !of->is_short) wake(&pool.epoch, 1);
 }
 
 int launch_in_pool(parallel_body body, void* data, int num_task) {
@@ -345,7 +365,8 @@ int launch_in_pool(parallel_body body, void* data, int num_task) {
   }
   job* made = free_job();
   if (!made) return launch_serially(body, data, num_task);
-  if (num_task <= 0) num_task = threads * SPLIT;
+  loop of = look_up(body);
+  if (num_task <= 0) num_task = of.is_short ? threads : threads * SPLIT;
   if (atomic_load_explicit(&pool.provided, memory_order_relaxed) < threads) provide(threads);
 
   int cpu = sched_getcpu();
@@ -354,7 +375,11 @@ int launch_in_pool(parallel_body body, void* data, int num_task) {
   }
   publish(made, body, data, num_task, threads);
   in_task = true;
-  if (atomic_load(&pool.sleepers)) wake_where_it_pays(made, body, num_task);
+  if (atomic_load(&pool.sleepers)) {
+    wake_where_it_pays(made, &of, num_task);
+  } else if (!of.known || made->generation % TIMED == 0) {
+    time_a_task(made, &of, num_task);
+  }
   work_on(made, 0, UINT32_MAX);
   in_task = false;
   atomic_fetch_and(&pool.open, ~(1u << (made - jobs)));

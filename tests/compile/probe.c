@@ -84,6 +84,26 @@ int __tvm_ffi_threads_at_once(void* self, const TVMFFIAny* args, int32_t n, TVMF
   return status;
 }
 
+/* Notes into how many tasks the loop was cut, and takes so many microseconds each. */
+static int idle(int number, task_env* env, void* data) {
+  int64_t* of = data;
+  uint64_t end = nanoseconds() + (uint64_t)of[0] * 1000;
+  if (number == 0) of[1] = env->num_task;
+  while (nanoseconds() < end) {
+  }
+  return 0;
+}
+
+/* tasks(microseconds): how many */
+int __tvm_ffi_tasks(void* self, const TVMFFIAny* args, int32_t n, TVMFFIAny* result) {
+  (void)self, (void)n;
+  int64_t of[2] = {args[0].v_int64, 0};
+  int status = __TVMBackendParallelLaunch(idle, of, 0);
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = of[1];
+  return status;
+}
+
 /* quota(path): how many CPUs the control groups below a root directory allow */
 int __tvm_ffi_quota(void* self, const TVMFFIAny* args, int32_t n, TVMFFIAny* result) {
   (void)self, (void)n;

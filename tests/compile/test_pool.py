@@ -115,6 +115,23 @@ def test_so_many_threads_work_at_once(count: int, probe: Any) -> None:
     assert probe["threads_at_once"](count) == count
 
 
+def test_a_long_loop_is_cut_finer_than_a_short_one(probe: Any) -> None:
+    """Four tasks a thread, and one; a loop is timed again now and then."""
+    ng.set_num_threads(3)
+
+    def becomes(tasks: int, microseconds: int) -> bool:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            if probe["tasks"](microseconds) == tasks:
+                return True
+        return False
+
+    assert probe["tasks"](200) == 12  # not known yet
+    assert all(probe["tasks"](200) == 12 for _ in range(40))
+    assert becomes(3, 0)
+    assert becomes(12, 200)
+
+
 def test_an_error_of_a_task_reaches_the_caller(probe: Any) -> None:
     ng.set_num_threads(3)
     for refused in (0, 50, 99):
