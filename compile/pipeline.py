@@ -7,7 +7,7 @@
  5. schedule   the first rule that takes the function -> loops
  6. lower      loops -> a packed function on flat memory    (all kinds of an artifact together)
  7. generate   LLVM -> object code                          (all kinds of an artifact together)
- 8. link       object + runtime stubs -> shared library     (all kinds of an artifact together)
+ 8. link       object + thread pool -> shared library       (all kinds of an artifact together)
 
 Steps 1 to 5 run here, one graph at a time; `codegen` and `link` do the rest. `--debug-dump DIR`
 writes the state after each of the steps 1 to 7 as DIR/<kind>.<step>.<suffix>, `all` for all kinds.

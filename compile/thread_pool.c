@@ -33,7 +33,7 @@ KEEP_OLD(pthread_sigmask);
 enum { SPLIT = 4 };
 /* A loop is short below so many nanoseconds, as one thread does it. No thread is woken for it
  * either; see wake_where_it_pays. */
-enum { SHORT = 100000 };
+enum { SHORT = 60000 };
 /* One launch out of so many is timed. */
 enum { TIMED = 16 };
 /* Nanoseconds. Idle threads wait with pauses, then let others run as well, then sleep. */

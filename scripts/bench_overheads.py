@@ -76,7 +76,7 @@ def compile_one(
 
 
 def call_costs(path: Path, shape: tuple[int, ...]) -> dict[str, float]:
-    """Seconds a call, from a process of its own that has no TVM and so runs serial kernels."""
+    """Seconds a call, from a process of its own; so small a call stays on the calling thread."""
     size = ",".join(map(str, shape))
     command = [sys.executable, "-m", "normgraph.scripts.bench_call", os.path.abspath(path), size]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
