@@ -179,7 +179,9 @@ def _loaded(binary: Path, goal: Target, *, with_pool: bool) -> Any:
     return tvm_ffi.load_module(str(library))
 
 
-def launch_times(threads: int, rounds: int = 5) -> dict[tuple[str, int], list[float]]:
+def launch_times(
+    threads: int, rounds: int = 5, pauses: Mapping[int, int] = PAUSES
+) -> dict[tuple[str, int], list[float]]:
     """Seconds of a launch for each of LOOPS, by pool and by the pause before it, taking turns."""
     source, target = np.ones(max(LOOPS), np.float32), np.empty(max(LOOPS), np.float32)
     found: dict[tuple[str, int], list[list[Array]]] = {}
@@ -187,7 +189,7 @@ def launch_times(threads: int, rounds: int = 5) -> dict[tuple[str, int], list[fl
         modules = _launchers(Path(folder))
         for _ in range(rounds):
             for name, module in modules.items():
-                for pause, launches in PAUSES.items():
+                for pause, launches in pauses.items():
                     for place, elements in enumerate(LOOPS):
                         time.sleep(0.02)
                         taken = np.zeros(launches, np.int64)
