@@ -19,6 +19,10 @@ FORMAT = "normgraph-artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
+# The versions of tvm_ffi whose C interface libraries are made for; pyproject.toml asks for the same
+# range.
+LOADER_RANGE = {"from": "0.1.15", "below": "0.2"}
+
 _LOCK = ".lock"
 # The names `Writer` gives files, with the hash in them, and those of files it did not finish.
 _OWN = re.compile(

@@ -19,7 +19,7 @@ import onnx
 
 from normgraph import __version__
 from normgraph.compile import graph_files, link, pipeline, self_test, vectors
-from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, Writer, writing
+from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, LOADER_RANGE, Writer, writing
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target, resolve_all
 from normgraph.compile.vectors import Case, Port
@@ -177,6 +177,7 @@ def _write(
                 "status": _status(libraries),
                 "cases": [case.entry() for case in cases],
             },
+            "requires": {"tvm_ffi": LOADER_RANGE},
             "versions": {
                 "tvm": version("apache-tvm"),
                 "tvm_ffi": version("apache-tvm-ffi"),

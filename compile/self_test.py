@@ -16,7 +16,7 @@ from normgraph.errors import CompileError
 
 def run(library: Path, cases: Sequence[Case], outputs: dict[str, Sequence[Port]]) -> None:
     """Run every case on the library. Raises CompileError for the first output that is wrong."""
-    module = tvm_ffi.load_module(str(library))
+    module = tvm_ffi.load_module(str(library), keep_module_alive=False)
     for case in cases:
         ports = outputs[case.kind]
         made = [_empty(case.answers[p.name].shape, p.dtype) for p in ports]

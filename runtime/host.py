@@ -1,10 +1,16 @@
-"""Whether this machine can run a library."""
+"""Whether this machine, and the loader that is installed, can run a library."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
+import tvm_ffi
+
 from normgraph.cpu import MACHINE_NAMES, cpu_flags, has_feature, machine
+
+# The versions of tvm_ffi a library was made for: the first, and the first that is too new.
+LoaderRange = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def obstacle(kind: str, triple: str, features: Collection[str]) -> str | None:
@@ -22,3 +28,17 @@ def obstacle(kind: str, triple: str, features: Collection[str]) -> str | None:
     if missing:
         return f"it needs the CPU features {', '.join(missing)}, which this host lacks"
     return None
+
+
+def loader_obstacle(needed: LoaderRange, installed: str = tvm_ffi.__version__) -> str | None:
+    """Why the tvm_ffi that is installed cannot load an artifact's libraries, or None."""
+    first, below = needed
+    leading = re.match(r"[0-9]+(\.[0-9]+)*", installed)
+    version = tuple(int(part) for part in leading.group().split(".")) if leading else ()
+    if first <= version < below:
+        return None
+    wanted = f">={'.'.join(map(str, first))},<{'.'.join(map(str, below))}"
+    return (
+        f"its libraries are for apache-tvm-ffi {wanted}, and {installed} is installed. Install"
+        f" another one (pip install 'apache-tvm-ffi{wanted}'), or build the artifact with this one."
+    )

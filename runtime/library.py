@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from normgraph.cpu import vector_bytes
@@ -19,7 +19,8 @@ VARIABLE = "NORMGRAPH_TARGET"
 class Library:
     """One library of an artifact. target: its name; kind, triple and features are those of it.
 
-    self_test: "passed", or another word where the build could not run it.
+    self_test: "passed", or another word where the build could not run it. content: the code, whose
+    sha256 is as stated.
     """
 
     path: Path
@@ -28,6 +29,8 @@ class Library:
     triple: str
     features: tuple[str, ...]
     self_test: str
+    sha256: str = ""
+    content: bytes = field(default=b"", repr=False)
 
     def obstacle(self) -> str | None:
         """Why this host cannot run it, or None where it can."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import tvm_ffi
-
-from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, SpecError
+from normgraph.errors import ArtifactCorrupt, SpecError
 from normgraph.runtime import threads
 from normgraph.runtime.artifact import Artifact, open_artifact
 from normgraph.runtime.call import Call
+from normgraph.runtime.loading import LoadedLibrary, load_library
 from normgraph.runtime.output_pool import pool
 from normgraph.runtime.selftest import SelfTestResult, run_self_test
 from normgraph.runtime.signature import Signature
@@ -41,8 +39,13 @@ class Operator:
     backward_frozen: Callable[..., Any]
     backward_from_output: Callable[..., Any]
 
-    def __init__(self, artifact: Artifact, calls: Mapping[str, Call]) -> None:
+    def __init__(
+        self, artifact: Artifact, target: str, library: LoadedLibrary, calls: Mapping[str, Call]
+    ) -> None:
         self._artifact = artifact
+        self._target = target
+        # Another operator of the same artifact shares it as long as this one is there.
+        self._library = library
         # A manifest's objects are not in a meaningful order; the table of kinds is.
         known = [kind for kind in KINDS if kind in calls]
         self._calls = {kind: calls[kind] for kind in dict.fromkeys((*known, *calls))}
@@ -60,7 +63,7 @@ class Operator:
     def __repr__(self) -> str:
         shape = ", ".join(str(dim) for dim in self.shape)
         return (
-            f"<normgraph.Operator {self.spec.op} {self.dtype}[{shape}] for {self._artifact.target}:"
+            f"<normgraph.Operator {self.spec.op} {self.dtype}[{shape}] for {self._target}:"
             f" {', '.join(self.kinds)}>"
         )
 
@@ -87,7 +90,7 @@ class Operator:
     @property
     def target(self) -> str:
         """The target of the library this host runs, of those the artifact holds."""
-        return self._artifact.target
+        return self._target
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -131,35 +134,25 @@ def load(path: str | os.PathLike[str]) -> Operator:
     was written, ArtifactIncompatible where this host or this version cannot run it. A build that
     could not run its own self-test leaves it to be run here: AccuracyError where it fails.
     ArgumentError where the environment variable NORMGRAPH_NUM_THREADS is wrong.
+
+    What runs is what was checked: the artifact may be changed, replaced or removed afterwards.
     """
     pool.limit  # noqa: B018  # a wrong value in the environment is told of here, not by some call
     threads.from_environment()
     artifact = open_artifact(path)
-    while True:
-        try:
-            module = tvm_ffi.load_module(artifact.library)
-            break
-        except (RuntimeError, OSError, ValueError) as error:
-            # A build that replaced the artifact meanwhile also removed the old library.
-            newer = open_artifact(path)
-            if newer.edition == artifact.edition:
-                raise ArtifactIncompatible(
-                    f"{artifact.library}: the system's loader refuses the library: {error}. Compile"
-                    f" the artifact again on or for this host."
-                ) from None
-            artifact = newer
+    chosen = artifact.library()
+    library = load_library(chosen)
     threads.prepare()
     calls: dict[str, Call] = {}
     for kind, signature in artifact.signatures.items():
         name = artifact.functions[kind]
-        try:
-            function = module.get_function(name)
-        except AttributeError:
+        function = library.function(name)
+        if function is None:
             raise ArtifactCorrupt(
-                f"{artifact.library}: expected a function {name!r} for {kind}, but there is none."
+                f"{chosen.path}: expected a function {name!r} for {kind}, but there is none."
                 f" Build the artifact again."
-            ) from None
+            )
         calls[kind] = Call(signature, artifact.spec, function)
-    if artifact.vectors is not None:
+    if chosen.self_test != "passed":
         run_self_test(artifact, calls)
-    return Operator(replace(artifact, vectors=None), calls)
+    return Operator(artifact.without_content(), chosen.target, library, calls)

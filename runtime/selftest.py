@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,24 @@ import tvm_ffi
 
 from normgraph.errors import AccuracyError, ArtifactCorrupt, ArtifactNotFound
 from normgraph.runtime import dlpack
-from normgraph.runtime.artifact import Artifact, SelfTestCase
+from normgraph.runtime.artifact import Artifact
 from normgraph.runtime.call import Call
 from normgraph.runtime.dlpack import AnyArray
+from normgraph.runtime.manifest import SelfTestCase
+
+# What a file that is no .npz, or has other arrays in it than the manifest says, leads to.
+_UNREADABLE = (
+    KeyError,
+    IndexError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -32,23 +48,29 @@ class SelfTestResult:
 def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTestResult, ...]:
     """Run every stored case. Raises AccuracyError for the first output that is wrong."""
     results: list[SelfTestResult] = []
+    content = _vectors(artifact)
     try:
-        source = artifact.self_test if artifact.vectors is None else io.BytesIO(artifact.vectors)
-        with np.load(source, allow_pickle=False) as vectors:
+        with np.load(io.BytesIO(content), allow_pickle=False) as vectors:
             for case in artifact.self_test_cases:
-                call = calls[case.kind]
-                results += _run(artifact, call, case, vectors)
-    except FileNotFoundError:
-        raise ArtifactNotFound(
-            f"{artifact.self_test}: the vectors of the self-test are gone: the artifact was"
-            f" replaced or removed after it was loaded. Load it again to test what is there now."
-        ) from None
-    except (KeyError, IndexError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                results += _run(artifact, calls[case.kind], case, vectors)
+    except _UNREADABLE as error:
         raise ArtifactCorrupt(
-            f"{artifact.self_test}: the self-test cannot be read or run: {error}. Build the"
+            f"{artifact.self_test.path}: the self-test cannot be read or run: {error}. Build the"
             f" artifact again."
         ) from None
     return tuple(results)
+
+
+def _vectors(artifact: Artifact) -> bytes:
+    if artifact.vectors is not None:
+        return artifact.vectors
+    try:
+        return artifact.self_test.read()
+    except ArtifactNotFound:
+        raise ArtifactNotFound(
+            f"{artifact.self_test.path}: the vectors of the self-test are gone: the artifact was"
+            f" replaced or removed after it was loaded. Load it again to test what is there now."
+        ) from None
 
 
 def _run(
@@ -80,7 +102,7 @@ def _run(
         error = float(np.max(off, initial=0.0))
         if not error <= tolerance[spec.name]:
             raise AccuracyError(
-                f"{artifact.library}: {signature.kind} gives a wrong {spec.name} on this host: it"
+                f"{artifact.path}: {signature.kind} gives a wrong {spec.name} on this host: it"
                 f" is off by {error:.3g}, and {tolerance[spec.name]:.3g} is allowed (case"
                 f" {prefix}). Do not use this artifact; compile it again."
             )

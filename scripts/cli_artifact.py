@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from normgraph.scripts.console import log, table
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Check an artifact and print its manifest, also where this host cannot run it."""
-    manifest, loaded = read_manifest(options.artifact)
+    """Check an artifact and print its manifest, also where this host cannot run it.
+
+    With --self-test its kernels are run on the vectors in it.
+    """
+    manifest, loaded = read(options.artifact)
     if options.json:
-        print(json.dumps(manifest, indent=2))
+        shown = {"manifest": manifest, "self_test": _results(options)}
+        print(json.dumps(shown if options.self_test else manifest, indent=2))
         return 0
     try:
         text = describe(options.artifact, manifest, loaded)
@@ -26,7 +31,25 @@ def inspect(options: argparse.Namespace) -> int:
             f"or see it as it is with --json."
         ) from None
     print(text)
+    results = _results(options)
+    if results:
+        print("\n" + table([tuple(each.values()) for each in results], tuple(results[0])))
+    elif options.self_test:
+        print("\nno self-test: the artifact holds no vectors; `normgraph verify` draws its own")
     return 0
+
+
+def _results(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The largest error of each output, as --self-test asks for it. AccuracyError for a wrong one.
+
+    The vectors are the artifact's own: they find kernels that go wrong on this host, not files
+    that somebody made to look right.
+    """
+    if not options.self_test:
+        return []
+    from normgraph.runtime import load
+
+    return [asdict(result) for result in load(options.artifact).self_test()]
 
 
 def targets(options: argparse.Namespace) -> int:
@@ -50,23 +73,27 @@ def targets(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+def read(path: Path) -> tuple[dict[str, Any], str]:
     """The manifest of a sound artifact, and the target of the library this host loads.
 
     Where it loads none, that is empty, and a note on stderr says why.
     """
-    from normgraph.runtime.artifact import FORMAT_VERSION, MANIFEST, open_artifact
+    from normgraph.runtime.artifact import open_artifact
+    from normgraph.runtime.files import Folder
+    from normgraph.runtime.manifest import read_manifest
 
     try:
         artifact = open_artifact(path)
-        return dict(artifact.manifest), artifact.target
-    except (ArtifactIncompatible, TargetError) as error:
-        # What is wrong is the host, so the files have been checked, or the format is too new.
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format_version"] > FORMAT_VERSION:
-            raise
+    except ArtifactIncompatible as error:
+        # Either the format is too new, which this says once more, or a spec within it.
+        manifest, _ = read_manifest(Folder(path))
         log(f"note: {error}")
         return manifest, ""
+    try:
+        return dict(artifact.manifest), artifact.library().target
+    except (ArtifactIncompatible, TargetError) as error:
+        log(f"note: {error}")
+        return dict(artifact.manifest), ""
 
 
 def describe(path: Path, manifest: dict[str, Any], loaded: str) -> str:
@@ -79,6 +106,8 @@ def describe(path: Path, manifest: dict[str, Any], loaded: str) -> str:
         ("spec", spec),
         ("x", f"{manifest['dtype']}{_dims(manifest['shape'])}"),
         ("made by", f"normgraph {manifest['normgraph_version']}, {_versions(manifest)}"),
+        ("format", f"version {manifest['format_version']}, digest {manifest['digest'][:12]}"),
+        ("needs", "apache-tvm-ffi >={from},<{below}".format(**manifest["requires"]["tvm_ffi"])),
         ("loads here", loaded or "nothing"),
     ]
     lines = [table([(f"{name}:", value) for name, value in facts])]

@@ -216,6 +216,9 @@ def _run(sub: argparse.ArgumentParser) -> None:
 
 def _inspect(sub: argparse.ArgumentParser) -> None:
     _artifact(sub)
+    sub.add_argument(
+        "--self-test", action="store_true", help="run the kernels on the vectors in the artifact"
+    )
     _json(sub)
 
 

@@ -52,7 +52,7 @@ def test_manifest_has_every_field(whole: Path) -> None:
     manifest = _manifest(whole)
     assert set(manifest) == {
         "format", "format_version", "normgraph_version", "spec", "shape", "dtype", "kinds",
-        "libraries", "self_test", "versions", "digest",
+        "libraries", "self_test", "requires", "versions", "digest",
     }  # fmt: skip
     assert manifest["format"] == "normgraph-artifact"
     assert manifest["format_version"] == 1
@@ -74,6 +74,7 @@ def test_manifest_has_every_field(whole: Path) -> None:
     assert set(library) == {"file", "sha256", "size", "form", "self_test", "target"}
     assert set(library["target"]) == {"name", "kind", "triple", "mcpu", "features"}
     assert set(manifest["versions"]) == {"tvm", "tvm_ffi", "onnx"}
+    assert manifest["requires"] == {"tvm_ffi": {"from": "0.1.15", "below": "0.2"}}
     test = manifest["self_test"]
     assert test["status"] == "passed"
     assert {case["kind"] for case in test["cases"]} == set(kinds(spec))

@@ -159,7 +159,7 @@ def test_only_an_untested_library_is_tested_on_load(
     tested: list[str] = []
     monkeypatch.setattr(
         "normgraph.runtime.operator.run_self_test",
-        lambda artifact, calls: tested.append(artifact.target),
+        lambda artifact, calls: tested.append(artifact.library().target),
     )
     ng.load(tmp_path / "a")
     assert tested == [here]

@@ -252,7 +252,7 @@ class ToyAnswers:
         }
 
 
-def digest(manifest: dict[str, Any]) -> str:
+def manifest_digest(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -335,9 +335,10 @@ def write_artifact(root: Path, dtype: str) -> Path:
             }
         ],
         "self_test": {**_described(test), "status": "not run", "cases": cases},
+        "requires": {"tvm_ffi": {"from": "0.1.15", "below": "0.2"}},
         "versions": {"tvm": "0", "tvm_ffi": "0", "onnx": "0"},
     }
-    manifest["digest"] = digest(manifest)
+    manifest["digest"] = manifest_digest(manifest)
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 
@@ -376,6 +377,12 @@ def op(toy: Toy) -> Operator:
 
 
 @pytest.fixture
+def digest() -> Callable[[dict[str, Any]], str]:
+    """What a manifest's digest must be."""
+    return manifest_digest
+
+
+@pytest.fixture
 def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the float32 artifact whose manifest a function has changed, with a right digest."""
 
@@ -385,7 +392,7 @@ def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
         file = path / "manifest.json"
         manifest = json.loads(file.read_text())
         edit(manifest)
-        manifest["digest"] = digest(manifest)
+        manifest["digest"] = manifest_digest(manifest)
         file.write_text(json.dumps(manifest))
         return path
 

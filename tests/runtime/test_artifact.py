@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tvm_ffi
 
 from normgraph import cpu
 from normgraph.errors import (
-    AccuracyError,
     ArtifactCorrupt,
     ArtifactError,
     ArtifactIncompatible,
     ArtifactNotFound,
 )
-from normgraph.runtime import host, load
-from normgraph.runtime.artifact import manifest_digest
+from normgraph.runtime import host, load, operator
+from normgraph.runtime.manifest import manifest_digest
 
 Changed = Callable[..., Path]
 
@@ -34,7 +32,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the library was loaded")
 
-    monkeypatch.setattr(tvm_ffi, "load_module", refuse)
+    monkeypatch.setattr(operator, "load_library", refuse)
 
 
 def test_paths(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +155,20 @@ def _set(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("spec", "op", to="power_norm"), ArtifactIncompatible, "does not know the artifact's"),
         (_set("spec", "trend", to=1), ArtifactIncompatible, "unknown trend"),
         (_set("dtype", to=3), ArtifactCorrupt, "'dtype'"),
+        (_set("requires", to=None), ArtifactCorrupt, "'requires'.*nothing"),
+        (_set("requires", "tvm_ffi", to="0.1"), ArtifactCorrupt, "'tvm_ffi'"),
+        (_set("requires", "tvm_ffi", "from", to="new"), ArtifactCorrupt, "'new'.*no version"),
+        (_set("requires", "tvm_ffi", "from", to="1" * 5000), ArtifactCorrupt, "no version"),
+        (
+            _set("requires", "tvm_ffi", "from", to="0.9"),
+            ArtifactIncompatible,
+            r"apache-tvm-ffi >=0\.9,<0\.2, and 0.* is installed.*pip install",
+        ),
+        (_set("libraries", 0, "target", "features", to=[1]), ArtifactCorrupt, "hold names"),
+        (_set("kinds", "forward", "graph", "file", to="a\0b"), ArtifactCorrupt, "plain file name"),
+        (_set("kinds", "forward", "graph", "file", to="\ud800"), ArtifactCorrupt, "missing"),
+        (_set("kinds", "forward", "graph", "file", to="x" * 999), ArtifactError, "name too long"),
+        (_set("kinds", "forward", "graph", "size", to=-1), ArtifactCorrupt, "-1 bytes"),
         (_set("self_test", "status", to=None), ArtifactCorrupt, "'status'"),
         (_set("self_test", "cases", 0, "prefix", to=None), ArtifactCorrupt, "'prefix'"),
         (_set("self_test", "cases", 0, "tolerance", "y", to="x"), ArtifactCorrupt, "tolerance of"),
@@ -190,13 +202,62 @@ def test_a_missing_function(changed: Changed) -> None:
         load(changed(edit))
 
 
-def test_the_system_s_loader_refuses(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise RuntimeError("libc.so.6: version `GLIBC_9.9' not found")
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("name", ["manifest.json", "graph-", "kernels-", "selftest-"])
+def test_what_is_no_plain_file(changed: Changed, name: str) -> None:
+    """A pipe must not be waited for, nor a folder or a device be read."""
+    path = changed()
+    (file,) = path.glob(f"{name}*")
+    for make in (os.mkfifo, os.mkdir, lambda place: os.symlink("/dev/zero", place)):
+        file.unlink(missing_ok=True) if not file.is_dir() else file.rmdir()
+        make(file)
+        with pytest.raises(ArtifactCorrupt, match="expected a plain file"):
+            load(path)
 
-    monkeypatch.setattr(tvm_ffi, "load_module", refuse)
-    with pytest.raises(ArtifactIncompatible, match=r"refuses the library.*GLIBC_9\.9"):
-        load(changed())
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_huge_manifest_is_not_read(changed: Changed) -> None:
+    path = changed()
+    os.truncate(path / "manifest.json", 2**40)
+    with pytest.raises(ArtifactCorrupt, match="at most 16777216 bytes, but the file has 1099511"):
+        load(path)
+
+
+def test_files_behind_links(changed: Changed) -> None:
+    """As container volumes have them."""
+    path = changed()
+    for file in list(path.iterdir()):
+        (path / "..data").mkdir(exist_ok=True)
+        file.rename(path / "..data" / file.name)
+        file.symlink_to(Path("..data", file.name))
+    assert load(path).kinds
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_path_no_file_can_have(tmp_path: Path) -> None:
+    for path in ("a\0b", str(tmp_path / "\ud800")):
+        with pytest.raises(ArtifactNotFound):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("installed", "runs"),
+    [
+        ("0.1.15", True),
+        ("0.1.15.post2", True),
+        ("0.1.16rc1", True),
+        ("0.1.99", True),
+        ("0.1.14", False),
+        ("0.1", False),
+        ("0.2", False),
+        ("0.2.0.dev3", False),
+        ("1.0", False),
+        ("unknown", False),
+    ],
+)
+def test_versions_of_the_loader(installed: str, runs: bool) -> None:
+    found = host.loader_obstacle(((0, 1, 15), (0, 2)), installed)
+    assert found is None if runs else f"and {installed} is installed" in str(found)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -254,48 +315,6 @@ def test_cpu_features(
     monkeypatch.setattr(host, "cpu_flags", lambda: frozenset(flags.split()))
     found = host.obstacle("llvm", f"{cpu.machine()}-unknown-linux-gnu", features)
     assert found is None if missing is None else missing in str(found)
-
-
-def test_self_test_runs_on_load_where_the_build_did_not(
-    changed: Changed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def edit(manifest: Any) -> None:
-        manifest["self_test"]["cases"][2]["tolerance"]["dgamma"] = -1.0
-
-    path = changed(edit)
-    with pytest.raises(AccuracyError, match="backward gives a wrong dgamma on this host"):
-        load(path)
-    file = path / "manifest.json"
-    assert '"not run"' in file.read_text()
-
-
-def test_self_test_is_not_repeated(changed: Changed) -> None:
-    def edit(manifest: Any) -> None:
-        manifest["self_test"]["status"] = "passed"
-        manifest["self_test"]["cases"][2]["tolerance"]["dgamma"] = -1.0
-
-    op = load(changed(edit))
-    with pytest.raises(AccuracyError, match="wrong dgamma"):
-        op.self_test()
-
-
-def test_self_test_report(toy: Any) -> None:
-    results = toy.operator("float32").self_test()
-    assert {(item.kind, item.output) for item in results} >= {("backward", "dx"), ("forward", "y")}
-    assert all(item.error <= item.tolerance for item in results)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_self_test_of_other_dtypes(toy: Any, dtype: str) -> None:
-    assert toy.operator(dtype).self_test()
-
-
-def test_self_test_without_its_vectors(changed: Changed) -> None:
-    def edit(manifest: Any) -> None:
-        manifest["self_test"]["cases"][0]["prefix"] = "elsewhere.0"
-
-    with pytest.raises(ArtifactCorrupt, match=r"cannot be read or run.*elsewhere"):
-        load(changed(edit))
 
 
 _BARE = """

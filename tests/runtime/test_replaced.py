@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tvm_ffi
 
 from normgraph.compile.artifact import writing
-from normgraph.errors import ArtifactNotFound
-from normgraph.runtime import artifact, load
+from normgraph.errors import ArtifactCorrupt, ArtifactNotFound
+from normgraph.runtime import load, operator
+from normgraph.runtime.files import Folder
+from normgraph.runtime.loading import load_library
 
 Changed = Callable[..., Path]
 
@@ -46,33 +47,46 @@ def test_a_build_that_replaces_the_artifact_while_it_is_opened(
 ) -> None:
     """The old manifest was read, then it and its files were replaced: the new one is opened."""
     path = changed(name_a_stale_graph)
+    read = Folder.read
 
-    def replace(file: Any, *rest: Any) -> Any:
-        if Path(file).name == "graph-stale.onnx":
+    def replace(self: Folder, name: str, most: int) -> Any:
+        if name == "graph-stale.onnx":
             shutil.copy(toy.artifact("float32") / "manifest.json", path / "manifest.json")
-        return open(file, *rest)
+        return read(self, name, most)
 
-    monkeypatch.setattr(artifact, "open", replace, raising=False)
+    monkeypatch.setattr(Folder, "read", replace)
     assert load(path).kinds
 
 
-def test_a_build_that_replaces_the_library_before_it_is_loaded(
-    changed: Changed, toy: Any, monkeypatch: pytest.MonkeyPatch
+def test_an_artifact_that_is_as_incomplete_when_it_is_read_again(changed: Changed) -> None:
+    with pytest.raises(ArtifactCorrupt, match=r"graph-stale\.onnx.*missing"):
+        load(changed(name_a_stale_graph))
+
+
+@pytest.mark.parametrize("damage", ["replaced", "removed", "truncated", "rewritten"])
+def test_what_happens_to_the_files_between_the_check_and_the_loading(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    path = changed()
+    """What was checked is loaded: the old artifact, whole."""
+    path = tmp_path / "unlucky"
     publish(path, toy.artifact("float32"))
-    load_module = tvm_ffi.load_module
 
-    def replaced(library: Path) -> Any:
-        if library.parent == path and library.exists() and not done:
-            done.append(library)
+    def strike(library: Any) -> Any:
+        if damage == "replaced":
             publish(path, toy.artifact("float64"))
-        return load_module(library)
+            assert not library.path.exists()
+        elif damage == "removed":
+            shutil.rmtree(path)
+        else:
+            content = b"" if damage == "truncated" else b"\0" * len(library.content)
+            library.path.write_bytes(content)
+        return load_library(library)
 
-    done: list[Path] = []
-    monkeypatch.setattr(tvm_ffi, "load_module", replaced)
-    assert load(path).dtype == "float64"
-    assert not done[0].exists()
+    monkeypatch.setattr(operator, "load_library", strike)
+    op = load(path)
+    assert op.dtype == "float32"
+    inputs = toy.inputs("inference")
+    assert (op.inference(*inputs) == toy.outputs("inference", inputs)["y"]).all()
 
 
 def test_loading_while_builds_replace_the_artifact(toy: Any, tmp_path: Path) -> None:
@@ -108,4 +122,18 @@ def test_a_self_test_after_the_artifact_was_replaced(toy: Any, tmp_path: Path) -
     assert op.self_test()
     publish(path, toy.artifact("float64"))
     with pytest.raises(ArtifactNotFound, match=r"replaced or removed.*Load it again"):
+        op.self_test()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_self_test_whose_vectors_were_damaged(
+    toy: Any, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "damaged"
+    publish(path, toy.artifact("float32"))
+    op = load(path)
+    (vectors,) = path.glob("selftest-*")
+    whole = vectors.read_bytes()
+    vectors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if content is None else content)
+    with pytest.raises(ArtifactCorrupt, match=vectors.name):
         op.self_test()

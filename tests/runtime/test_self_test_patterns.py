@@ -13,7 +13,7 @@ import pytest
 
 from normgraph.errors import AccuracyError, ArtifactCorrupt
 from normgraph.runtime import load
-from normgraph.runtime.artifact import manifest_digest
+from normgraph.runtime.manifest import manifest_digest
 
 Changed = Callable[..., Path]
 SHAPE = (2, 3, 50)

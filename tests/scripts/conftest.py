@@ -11,7 +11,7 @@ import pytest
 
 import normgraph as ng
 from normgraph.__main__ import main
-from normgraph.runtime.artifact import MANIFEST, manifest_digest
+from normgraph.runtime.manifest import MANIFEST, manifest_digest
 
 
 class Outcome(NamedTuple):

@@ -37,6 +37,75 @@ def test_inspect_as_json_is_the_manifest(cli: Callable[..., Any], artifact: Path
     assert json.loads(cli("inspect", artifact, "--json").out) == manifest
 
 
+def test_inspect_runs_the_self_test(cli: Callable[..., Any], artifact: Path) -> None:
+    code, out, err = cli("inspect", artifact, "--self-test")
+    assert (code, err) == (0, "")
+    cases = json.loads((artifact / "manifest.json").read_text())["self_test"]["cases"]
+    for case in cases:
+        for output, tolerance in case["tolerance"].items():
+            (line,) = (
+                line.split()
+                for line in out.splitlines()
+                if line.split()[:3] == [case["kind"], case["prefix"], output]
+            )
+            assert float(line[4]) == tolerance
+            assert 0 <= float(line[3]) <= tolerance
+    shown = json.loads(cli("inspect", artifact, "--self-test", "--json").out)
+    assert shown["manifest"]["self_test"]["cases"] == cases
+    assert {(each["kind"], each["output"]) for each in shown["self_test"]} >= {
+        ("forward", "y"),
+        ("backward", "dx"),
+    }
+
+
+def test_inspect_of_a_wrong_kernel_with_the_self_test(
+    cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    def tighten(manifest: dict[str, Any]) -> None:
+        for case in manifest["self_test"]["cases"]:
+            case["tolerance"] = dict.fromkeys(case["tolerance"], -1.0)
+
+    rewrite_manifest(copy, tighten)
+    code, out, err = cli("inspect", copy, "--self-test")
+    assert code == 1
+    assert "float32[N, 4, L]" in out
+    assert "gives a wrong dx on this host" in err
+    assert cli("inspect", copy).code == 0
+
+
+def test_inspect_where_there_are_no_vectors(
+    cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    rewrite_manifest(copy, lambda manifest: manifest["self_test"].update(cases=[]))
+    code, out, _ = cli("inspect", copy, "--self-test")
+    assert code == 0
+    assert "holds no vectors" in out
+
+
+def test_inspect_shows_an_operator_that_is_not_known_yet(
+    cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    rewrite_manifest(copy, lambda manifest: manifest["spec"].update(op="power_norm"))
+    code, out, err = cli("inspect", copy)
+    assert code == 0
+    assert "op=power_norm" in out
+    assert "does not know the artifact's spec" in err
+    assert _lines(out)["loads"] == ["loads", "here:", "nothing"]
+    assert cli("inspect", copy, "--self-test").code == 4
+
+
+def test_inspect_shows_what_loader_is_needed(
+    cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    assert "apache-tvm-ffi >=0.1.15,<0.2" in cli("inspect", copy).out
+    rewrite_manifest(copy, lambda m: m["requires"]["tvm_ffi"].update({"from": "7.1", "below": "8"}))
+    code, out, err = cli("inspect", copy)
+    assert code == 0
+    assert _lines(out)["needs:"] == ["needs:", "apache-tvm-ffi", ">=7.1,<8"]
+    assert "pip install" in err
+    assert cli("verify", copy).code == 4
+
+
 def test_inspect_shows_an_artifact_for_another_cpu(
     cli: Callable[..., Any], copy: Path, rewrite_manifest: Callable[..., None]
 ) -> None:

@@ -1,0 +1,216 @@
+"""An artifact's manifest: its format and its digest, and what its fields must hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, ArtifactNotFound
+from normgraph.runtime.files import REBUILD, Folder, StoredFile
+from normgraph.runtime.signature import Signature, TensorSpec
+from normgraph.spec import DTYPES
+
+FORMAT = "normgraph-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+# No manifest comes near this; what is larger is not read.
+_LARGEST = 16 * 2**20
+
+T = TypeVar("T")
+
+# Of a manifest: its digest, and which file it was when it was read.
+Edition = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class SelfTestCase:
+    """Stored inputs and float64 answers of one call; prefix says where they are in the file.
+
+    shapes: of the inputs. A large input is stored as fewer elements, repeated over its shape; an
+    input without an entry is stored whole.
+    """
+
+    kind: str
+    prefix: str
+    tolerance: Mapping[str, float]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's canonical JSON without its digest field."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def read_manifest(folder: Folder) -> tuple[dict[str, Any], Edition]:
+    """The manifest, of a format version that is known and with the digest it states.
+
+    Raises ArtifactNotFound, ArtifactCorrupt, and ArtifactIncompatible for a newer format.
+    """
+    file = folder.place(MANIFEST)
+    try:
+        content, size, mark = folder.read(MANIFEST, _LARGEST)
+    except ArtifactNotFound:
+        raise ArtifactNotFound(_nothing_at(folder.path)) from None
+    if size > _LARGEST:
+        raise ArtifactCorrupt(
+            f"{file}: expected a manifest of at most {_LARGEST} bytes, but the file has {size}."
+            f" {REBUILD}"
+        )
+    try:
+        manifest = json.loads(content.decode("utf-8"))
+        digest = manifest_digest(manifest) if isinstance(manifest, dict) else ""
+    except (ValueError, RecursionError) as error:
+        raise ArtifactCorrupt(f"{file}: expected JSON, but {error}. {REBUILD}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactCorrupt(
+            f"{file}: expected a manifest of format {FORMAT!r}, but it is none. {REBUILD}"
+        )
+    version = field(file, manifest, "format_version", int)
+    if version > FORMAT_VERSION:
+        raise ArtifactIncompatible(
+            f"{file}: the artifact has format version {version}, and this normgraph reads up to"
+            f" {FORMAT_VERSION}. Install a newer normgraph, or build the artifact with this one."
+        )
+    if version < 1:
+        raise ArtifactCorrupt(f"{file}: format version {version} does not exist. {REBUILD}")
+    if field(file, manifest, "digest", str) != digest:
+        raise ArtifactCorrupt(
+            f"{file}: the manifest does not match its own digest: it was changed after it was"
+            f" written. {REBUILD}"
+        )
+    return manifest, (digest, *mark)
+
+
+def _nothing_at(root: Path) -> str:
+    try:
+        if not os.path.lexists(root):
+            return (
+                f"{root}: no such directory; expected an artifact. Build one there, or check the"
+                f" path."
+            )
+        if not root.is_dir():
+            return (
+                f"{root}: expected the directory of an artifact, but this is a file. Pass the"
+                f" directory that holds {MANIFEST}."
+            )
+    except ValueError as error:
+        return f"{str(root)!r}: {error}. Check the path."
+    return (
+        f"{root}: expected an artifact, but there is no {MANIFEST} in it. Build one there, or"
+        f" check the path."
+    )
+
+
+def field(file: Path, mapping: Any, key: str, kind: type[T]) -> T:
+    """The value of `key`, of type `kind`; `file` is named where it is not so."""
+    if not isinstance(mapping, dict):
+        raise ArtifactCorrupt(f"{file}: expected an object that holds {key!r}. {REBUILD}")
+    value = mapping.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        came = "nothing" if key not in mapping else repr(value)[:60]
+        raise ArtifactCorrupt(
+            f"{file}: expected {key!r} to be of type {kind.__name__}, but there is {came}."
+            f" {REBUILD}"
+        )
+    return value
+
+
+def stored_file(folder: Folder, entry: Any) -> StoredFile:
+    """The file that an entry of the manifest names, not yet read."""
+    manifest = folder.place(MANIFEST)
+    name = field(manifest, entry, "file", str)
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        raise ArtifactCorrupt(f"{manifest}: {name!r} is no plain file name. {REBUILD}")
+    size = field(manifest, entry, "size", int)
+    if size < 0:
+        raise ArtifactCorrupt(f"{manifest}: {name} cannot have {size} bytes. {REBUILD}")
+    return StoredFile(folder, name, size, field(manifest, entry, "sha256", str))
+
+
+def texts(file: Path, mapping: Any, key: str) -> tuple[str, ...]:
+    """A list of strings."""
+    values = field(file, mapping, key, list)
+    if not all(isinstance(value, str) for value in values):
+        raise ArtifactCorrupt(f"{file}: {key!r} must hold names, not {values!r:.60}. {REBUILD}")
+    return tuple(values)
+
+
+def version(file: Path, mapping: Any, key: str) -> tuple[int, ...]:
+    """A version: numbers with dots between."""
+    text = field(file, mapping, key, str)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,9}", text):
+        raise ArtifactCorrupt(f"{file}: {key!r} is {text!r:.60}, which is no version. {REBUILD}")
+    return tuple(int(part) for part in text.split("."))
+
+
+def signature(file: Path, kind: str, entry: Any) -> Signature:
+    """What a kind takes and gives."""
+    found = Signature(
+        kind,
+        _tensors(file, field(file, entry, "inputs", list)),
+        _tensors(file, field(file, entry, "outputs", list)),
+    )
+    if not found.inputs or not found.outputs:
+        raise ArtifactCorrupt(f"{file}: {kind} takes or gives nothing. {REBUILD}")
+    bound = {dim for spec in found.inputs for dim in spec.shape}
+    for spec in found.outputs:
+        for dim in spec.shape:
+            if isinstance(dim, str) and dim not in bound:
+                raise ArtifactCorrupt(
+                    f"{file}: no input of {kind} tells the extent {dim} of {spec}. {REBUILD}"
+                )
+    return found
+
+
+def _tensors(file: Path, entries: list[Any]) -> tuple[TensorSpec, ...]:
+    specs = tuple(
+        TensorSpec(field(file, entry, "name", str), dtype(file, entry), shape(file, entry))
+        for entry in entries
+    )
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
+        raise ArtifactCorrupt(f"{file}: {names} are not names of arguments. {REBUILD}")
+    return specs
+
+
+def shape(file: Path, entry: Any) -> tuple[int | str, ...]:
+    """The shape of a tensor, or of x: sizes, and names of those left open."""
+    dims = field(file, entry, "shape", list)
+    for dim in dims:
+        if isinstance(dim, bool) or not isinstance(dim, (int, str)):
+            raise ArtifactCorrupt(f"{file}: {dims!r} is no shape. {REBUILD}")
+    return tuple(dims)
+
+
+def dtype(file: Path, entry: Any) -> str:
+    """The dtype of a tensor, or of x."""
+    name = field(file, entry, "dtype", str)
+    if name not in DTYPES:
+        raise ArtifactCorrupt(f"{file}: unknown dtype {name!r}. {REBUILD}")
+    return name
+
+
+def self_test_case(file: Path, entry: Any) -> SelfTestCase:
+    """One case of the self-test."""
+    tolerance = field(file, entry, "tolerance", dict)
+    for name, value in tolerance.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArtifactCorrupt(f"{file}: tolerance of {name} is {value!r}. {REBUILD}")
+    stated = field(file, entry, "shapes", dict) if "shapes" in entry else {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, dims in stated.items():
+        sizes = [d for d in dims if type(d) is int and d > 0] if isinstance(dims, list) else None
+        if sizes != dims:
+            raise ArtifactCorrupt(f"{file}: the self-test's {name} has shape {dims!r}. {REBUILD}")
+        shapes[name] = tuple(sizes or ())
+    kind, prefix = field(file, entry, "kind", str), field(file, entry, "prefix", str)
+    return SelfTestCase(kind, prefix, tolerance, shapes)
