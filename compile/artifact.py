@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normgraph.compile.locks import locked
 from normgraph.errors import CompileError
 
 FORMAT = "normgraph-artifact"
@@ -24,62 +26,114 @@ MANIFEST = "manifest.json"
 LOADER_RANGE = {"from": "0.1.15", "below": "0.2"}
 
 _LOCK = ".lock"
-# The names `Writer` gives files, with the hash in them, and those of files it did not finish.
+_UNFINISHED = ".writing-"
+# The names `Draft` gives files, with the hash in them.
 _OWN = re.compile(
-    r"(graph-[a-z_]+-[0-9a-f]{12}\.onnx|kernels-.+-[0-9a-f]{12}\.s?o|selftest-[0-9a-f]{12}\.npz"
-    r"|\.writing-.+)"
+    r"graph-[a-z_]+-[0-9a-f]{12}\.onnx|kernels-.+-[0-9a-f]{12}\.s?o|selftest-[0-9a-f]{12}\.npz"
 )
 
 
-class Writer:
-    """Adds files under content-hashed names; `commit` makes them the artifact.
+@dataclass
+class Draft:
+    """An artifact in memory: its files by name, and its manifest but for the digest."""
 
-    Files are written beside what is there and never rewritten. Replacing manifest.json by one
-    rename is the commit; only then the files of earlier builds that it does not name are removed. A
-    build that is killed before leaves the old artifact as it was.
+    files: dict[str, bytes] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, stem: str, suffix: str, content: bytes) -> dict[str, Any]:
+        """Add one file; returns its manifest entry (file, sha256, size)."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        name = f"{stem}-{sha256[:12]}{suffix}"
+        self.files[name] = content
+        return {"file": name, "sha256": sha256, "size": len(content)}
+
+
+def write(draft: Draft, root: Path) -> None:
+    """Make the directory hold the artifact. Raises CompileError as `writing` does."""
+    with writing(root) as writer:
+        for name, content in draft.files.items():
+            writer.put(name, content)
+        writer.commit(draft.manifest)
+
+
+class Writer:
+    """Puts an artifact into a directory, while other builds are kept out of it.
+
+    1. Every file is written under a name with a hash of its content, beside what is there, and
+       reaches the disk. What is there already is not touched.
+    2. `commit` has the names reach the disk, writes the manifest beside the old one and has it
+       reach the disk.
+    3. One rename puts it in the place of the old one. Before it readers find the old artifact,
+       after it the new one.
+    4. The files of earlier builds that the manifest does not name are removed. A reader that comes
+       to one of them finds it missing, and that there is a new manifest.
+
+    A build that is killed, or finds the disk full, before 3 leaves the old artifact as it was. What
+    it has written is removed, at the latest by a later build.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.named: set[str] = set()
+        self._fresh: list[Path] = []
+        self._committing = False
 
     def add(self, stem: str, suffix: str, content: bytes) -> dict[str, Any]:
         """Write one file; returns its manifest entry (file, sha256, size)."""
-        digest = hashlib.sha256(content).hexdigest()
-        name = f"{stem}-{digest[:12]}{suffix}"
-        self._write(name, content)
+        entry = Draft().add(stem, suffix, content)
+        self.put(entry["file"], content)
+        return entry
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write one file under a name that a `Draft` gave it."""
         self.named.add(name)
-        return {"file": name, "sha256": digest, "size": len(content)}
+        file = self.root / name
+        with contextlib.suppress(OSError):
+            if file.read_bytes() == content:
+                return
+        with self._unfinished(content, 0o755 if name.endswith(".so") else 0o644) as temporary:
+            if not file.exists():
+                self._fresh.append(file)
+            os.replace(temporary, file)
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest with its digest, then clear what is stale."""
         whole = {**manifest, "digest": digest(manifest)}
         text = json.dumps(whole, indent=1, sort_keys=True) + "\n"
-        self._write(MANIFEST, text.encode("utf-8"))
-        self._sync_folder()
-        for file in list(self.root.iterdir()):
-            if _OWN.fullmatch(file.name) and file.name not in self.named:
-                file.unlink(missing_ok=True)
+        _sync_folder(self.root)
+        with self._unfinished(text.encode("utf-8"), 0o644) as temporary:
+            # From here on nothing is discarded: an interrupt may come just after the rename.
+            self._committing = True
+            os.replace(temporary, self.root / MANIFEST)
+        _sync_folder(self.root)
+        # What cannot be removed does no harm.
+        with contextlib.suppress(OSError):
+            for file in list(self.root.iterdir()):
+                if _OWN.fullmatch(file.name) and file.name not in self.named:
+                    with contextlib.suppress(OSError):
+                        os.unlink(file)
 
-    def _write(self, name: str, content: bytes) -> None:
-        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=self.root)
+    def discard(self) -> None:
+        """Give back the room of what was not committed; on a full disk it is needed."""
+        for file in [] if self._committing else self._fresh:
+            with contextlib.suppress(OSError):
+                os.unlink(file)
+
+    @contextlib.contextmanager
+    def _unfinished(self, content: bytes, mode: int) -> Iterator[str]:
+        """A file with this content that has reached the disk, to be renamed or else removed."""
+        handle, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=self.root)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o755 if name.endswith(".so") else 0o644)
-            os.replace(temporary, self.root / name)
+            os.chmod(temporary, mode)
+            yield temporary
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.root, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -89,15 +143,36 @@ def writing(root: Path) -> Iterator[Writer]:
     Raises CompileError where the directory cannot be made or written to.
     """
     try:
+        made = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / _LOCK, "a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield Writer(root)
+        if made:
+            _sync_folder(root.parent)
+        with locked(root / _LOCK):
+            for file in root.glob(f"{_UNFINISHED}*"):  # of builds that were killed
+                file.unlink()
+            writer = Writer(root)
+            try:
+                yield writer
+            except BaseException:
+                writer.discard()
+                raise
     except OSError as error:
         raise CompileError(
             f"{root}: the artifact cannot be written: {error.strerror or error}. Give a directory "
             "that can be made and written to, with room for it."
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, where its file system can do that."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

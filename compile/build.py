@@ -19,7 +19,7 @@ import onnx
 
 from normgraph import __version__
 from normgraph.compile import graph_files, link, pipeline, self_test, vectors
-from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, LOADER_RANGE, Writer, writing
+from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, LOADER_RANGE, Draft, write
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target, resolve_all
 from normgraph.compile.vectors import Case, Port
@@ -86,8 +86,7 @@ def build(
             if folder is not None and len(goals) > 1:
                 folder /= goal.name
             libraries.append(_library(graphs, goal, cases, pipeline.Dump(folder), say))
-        with writing(Path(out)) as writer:
-            _write(writer, graphs, libraries, cases)
+        write(_draft(graphs, libraries, cases), Path(out))
     say(f"wrote {Path(out)}")
     return Path(out)
 
@@ -145,16 +144,12 @@ def _cases(graphs: Sequence[Graph], say: Callable[[str], None]) -> list[Case]:
     return [c for g in graphs for c in vectors.cases(g.spec, g.kind, g.inputs, g.outputs)]
 
 
-def _write(
-    writer: Writer,
-    graphs: Sequence[Graph],
-    libraries: Sequence[Library],
-    cases: Sequence[Case],
-) -> None:
+def _draft(graphs: Sequence[Graph], libraries: Sequence[Library], cases: Sequence[Case]) -> Draft:
+    draft = Draft()
     kinds = {
         graph.kind: {
             "function": graph.kind,
-            "graph": writer.add(f"graph-{graph.kind}", ".onnx", graph.content),
+            "graph": draft.add(f"graph-{graph.kind}", ".onnx", graph.content),
             "inputs": [_entry(port) for port in graph.inputs],
             "outputs": [_entry(port) for port in graph.outputs],
             "rule": ", ".join(dict.fromkeys(each.rules[graph.kind] for each in libraries)),
@@ -162,7 +157,7 @@ def _write(
         for graph in graphs
     }
     meta = graphs[0].meta
-    writer.commit(
+    draft.manifest.update(
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -171,9 +166,9 @@ def _write(
             "shape": json.loads(meta["normgraph.shape"]),
             "dtype": meta["normgraph.dtype"],
             "kinds": kinds,
-            "libraries": [_described(each, writer) for each in libraries],
+            "libraries": [_described(each, draft) for each in libraries],
             "self_test": {
-                **writer.add("selftest", ".npz", _vectors(cases)),
+                **draft.add("selftest", ".npz", _vectors(cases)),
                 "status": _status(libraries),
                 "cases": [case.entry() for case in cases],
             },
@@ -185,6 +180,7 @@ def _write(
             },
         }
     )
+    return draft
 
 
 def _status(libraries: Sequence[Library]) -> str:
@@ -192,10 +188,10 @@ def _status(libraries: Sequence[Library]) -> str:
     return "passed" if all(each.self_test == "passed" for each in libraries) else "not run"
 
 
-def _described(library: Library, writer: Writer) -> dict[str, Any]:
+def _described(library: Library, draft: Draft) -> dict[str, Any]:
     target = library.target
     return {
-        **writer.add(f"kernels-{target.name}", library.suffix, library.content),
+        **draft.add(f"kernels-{target.name}", library.suffix, library.content),
         "form": "library" if library.suffix == ".so" else "object",
         "self_test": library.self_test,
         "target": {
