@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 
 from normgraph import __version__
-from normgraph.compile import graph_files, link, pipeline, self_test, vectors
+from normgraph.compile import cache as compile_cache
+from normgraph.compile import cache_key, graph_files, link, pipeline, self_test, vectors
 from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, LOADER_RANGE, Draft, write
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target, resolve_all
@@ -55,6 +56,7 @@ def build(
     debug_dump: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
     self_test: bool = True,
+    cache: bool = True,
 ) -> Path:
     """Compile a directory of exported graphs into an artifact directory; returns its path.
 
@@ -70,25 +72,46 @@ def build(
     target this machine can run; the vectors travel with the artifact. False leaves them out, as
     do static shapes of more than 2**25 elements.
 
-    Raises ArtifactNotFound where src has no graphs; TargetError for an unknown target; ToolMissing
-    without a C compiler; CompileError where a graph does not compile, was not exported by
-    normgraph, gives wrong results, or where out cannot be written.
+    cache: take what was built before of the same graphs for the same targets from the compile
+    cache. False builds in any case, as do debug_dump and the environment's NORMGRAPH_CACHE=off.
+
+    Raises ArtifactNotFound where src has no graphs; TargetError for an unknown target;
+    ArgumentError for a wrong value in one of the cache's variables; ToolMissing without a C
+    compiler; CompileError where a graph does not compile, was not exported by normgraph, gives
+    wrong results, or where out cannot be written.
     """
     say = progress or (lambda message: None)
+    kept = compile_cache.from_environment() if cache else None
     goals = resolve_all(target)
     _check_out(Path(src), Path(out))
     graphs = graph_files.read(Path(src))
+    folder = None if debug_dump is None else Path(debug_dump)
     with _ONE_AT_A_TIME:
-        cases = _cases(graphs, say) if self_test else []
-        libraries = []
-        for goal in goals:
-            folder = None if debug_dump is None else Path(debug_dump)
-            if folder is not None and len(goals) > 1:
-                folder /= goal.name
-            libraries.append(_library(graphs, goal, cases, pipeline.Dump(folder), say))
-        write(_draft(graphs, libraries, cases), Path(out))
+        # What is to be dumped has to be built.
+        key = cache_key.build_key(graphs, goals, self_test) if kept and folder is None else None
+        if kept is None or key is None:
+            draft = _built(graphs, goals, self_test, folder, say)
+        else:
+            draft = kept.fetch(key, lambda: _built(graphs, goals, self_test, None, say), say)
+        write(draft, Path(out))
     say(f"wrote {Path(out)}")
     return Path(out)
+
+
+def _built(
+    graphs: Sequence[Graph],
+    goals: Sequence[Target],
+    tested: bool,
+    dump: Path | None,
+    say: Callable[[str], None],
+) -> Draft:
+    """Steps 1 to 8 for each target, and the self-test."""
+    cases = _cases(graphs, say) if tested else []
+    libraries = []
+    for goal in goals:
+        folder = dump / goal.name if dump is not None and len(goals) > 1 else dump
+        libraries.append(_library(graphs, goal, cases, pipeline.Dump(folder), say))
+    return _draft(graphs, libraries, cases)
 
 
 def _check_out(src: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normgraph import __version__
-from normgraph.scripts import cli_artifact, cli_build, cli_check, cli_doctor, cli_run
+from normgraph.scripts import cli_artifact, cli_build, cli_cache, cli_check, cli_doctor, cli_run
 from normgraph.spec import CONVENTIONS, DTYPES, OPERATORS
 
 Command = Callable[[argparse.Namespace], int]
@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     _run(command("run", cli_run.run, "run one kind of an artifact on arrays from files"))
     _bench(command("bench", cli_check.bench, "time an artifact against its peers"))
     _inspect(command("inspect", cli_artifact.inspect, "show what an artifact holds"))
+    _cache(command("cache", cli_cache.cache, "show or empty the cache of compiled artifacts"))
     _json(command("targets", cli_artifact.targets, "list the known targets"))
     _json(command("doctor", cli_doctor.doctor, "report what this machine has and lacks"))
     return parser
@@ -219,6 +220,11 @@ def _inspect(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--self-test", action="store_true", help="run the kernels on the vectors in the artifact"
     )
+    _json(sub)
+
+
+def _cache(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--clear", action="store_true", help="remove every entry")
     _json(sub)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="test every operator in every dtype at each target level, in minutes",
     )
+
+
+def pytest_configure() -> None:
+    """No test, nor what it starts, may be given what was compiled before."""
+    os.environ["NORMGRAPH_CACHE"] = "off"
 
 
 @pytest.fixture(scope="session")
