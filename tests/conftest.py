@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """--update-golden: write the golden files instead of comparing with them.
 
     --every-level: test every operator in every dtype at each target level.
+    --stress-seconds: how long eight threads use one operator.
     """
     parser.addoption(
         "--update-golden",
@@ -33,6 +34,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="test every operator in every dtype at each target level, in minutes",
     )
+    parser.addoption(
+        "--stress-seconds",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="how long eight threads use one operator (3; 60 before a release)",
+    )
+
+
+@pytest.fixture(scope="session")
+def stress_seconds(request: pytest.FixtureRequest) -> float:
+    """How long eight threads use one operator."""
+    return float(request.config.getoption("--stress-seconds"))
 
 
 def pytest_configure() -> None:

@@ -1,10 +1,11 @@
 """What PyTorch, onnxruntime and TVM as it is do in each case of docs/reliability.md.
 
-usage: python tests/reliability/peers.py [PEER] [CASE]    (all of them: some minutes)
+usage: python -m normgraph.scripts.reliability RECORD [PEER] [CASE]
 
-Each case runs in a child process of its own and is recorded in peers.json beside this file, with
-the versions. All three compute instance norm over (N, 8, L) in float32: PyTorch by F.instance_norm,
-onnxruntime the forward graph, TVM topi.nn.instance_norm compiled to one function for this CPU.
+Each case runs in a child process of its own and is recorded in the JSON file RECORD, with the
+versions; all of them take some minutes. All three compute instance norm over (N, 8, L) in float32:
+PyTorch by F.instance_norm, onnxruntime the forward graph, TVM topi.nn.instance_norm compiled to one
+function for this CPU.
 """
 
 from __future__ import annotations
@@ -22,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers_arrays
-import peers_files
-import peers_processes
 from numpy.typing import NDArray
+
+from normgraph.scripts import reliability_arrays, reliability_files, reliability_processes
+from normgraph.scripts.reliability_arrays import placed
 
 Array = NDArray[Any]
 
-RECORD = Path(__file__).with_name("peers.json")
 PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime", "tvm": "apache-tvm"}
 # Longer than any case takes that ends by itself.
-PATIENCE = 60.0
+PATIENCE = 1500.0
 # Of a message.
 LONGEST = 80
 
@@ -108,23 +108,18 @@ class Tvm:
 
     def forward(self, x: Any, y: Any = None, function: Any = None) -> Any:
         if y is None:
-            y = aligned(np.full(x.shape, np.nan, np.float32))
-        given = (aligned(array) for array in (self.gamma, self.beta))
+            y = placed(np.full(x.shape, np.nan, np.float32), 0)
+        given = (placed(array, 0) for array in (self.gamma, self.beta))
         (function or self.function)(x, *given, y)
         return y
 
 
 MAKE: dict[str, Callable[[], Any]] = {"torch": Torch, "onnxruntime": Onnxruntime, "tvm": Tvm}
 CASES: dict[str, Callable[[str, Any], str]] = {
-    **peers_arrays.CASES,
-    **peers_processes.CASES,
-    **peers_files.CASES,
+    **reliability_arrays.CASES,
+    **reliability_processes.CASES,
+    **reliability_files.CASES,
 }
-
-
-def aligned(array: Array, offset: int = 0) -> Array:
-    """A copy that begins `offset` bytes behind a multiple of 64."""
-    return peers_arrays.placed(array, offset)
 
 
 def observe(case: Callable[[str, Any], str], name: str, peer: Any) -> str:
@@ -165,6 +160,8 @@ def observe(case: Callable[[str, Any], str], name: str, peer: Any) -> str:
 def described(error: Exception) -> str:
     """The class and the beginning of the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    if lines and lines[0].endswith(" when calling:"):  # TVM shows the call in between
+        lines[0] = f"{lines[0].removesuffix(' when calling:')}: {lines[-1]}"
     text = " ".join(lines[0].replace("|", "/").replace("`", "'").split()) if lines else ""
     text = re.sub(r"/tmp/\w+/", "", re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text))
     return f"`{type(error).__name__}`: {text[:LONGEST]}{'...' if len(text) > LONGEST else ''}"
@@ -172,9 +169,10 @@ def described(error: Exception) -> str:
 
 def main(arguments: list[str]) -> None:
     """Record what was asked for, and everything else as it was recorded before."""
-    peers = arguments[:1] or list(MAKE)
-    cases = arguments[1:] or list(CASES)
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"versions": {}, "cases": {}}
+    file = Path(arguments[0])
+    peers = arguments[1:2] or list(MAKE)
+    cases = arguments[2:] or list(CASES)
+    record = json.loads(file.read_text()) if file.exists() else {"versions": {}, "cases": {}}
     for name in peers:
         peer = MAKE[name]()
         record["versions"][name] = version(PACKAGES[name])
@@ -182,7 +180,7 @@ def main(arguments: list[str]) -> None:
             said = observe(CASES[case], name, peer)
             record["cases"].setdefault(case, {})[name] = said
             print(f"{name:12} {case:28} {said}", flush=True)
-    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cases of peers.py that are about the arrays of a call."""
+"""The cases of reliability.py that are about the arrays of a call."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _read_only(x: Array) -> Array:
 
 
 def _masked(name: str, peer: Any) -> str:
-    x = np.ma.masked_array(plain(), mask=False)
+    x = np.ma.masked_array(placed(plain(), 0), mask=False)
     x[:, :, :500] = np.ma.masked
     y = np.asarray(peer.forward(x))
     return "the mask is ignored" if np.allclose(y, answer(x.data), atol=1e-3) else "uses the mask"

@@ -1,4 +1,4 @@
-"""The cases of peers.py that are about files: a library of TVM's, a graph, a file of weights.
+"""The cases of reliability.py that are about files: a library of TVM's, a graph, a file of weights.
 
 torch.load reads a file of 2000 weights; onnxruntime a graph that holds as many.
 """
@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from peers_arrays import NOT_THERE, answer, judged, placed, plain
+
+from normgraph.scripts.reliability_arrays import NOT_THERE, answer, judged, placed, plain
 
 FLIPS = 200
 
@@ -29,55 +30,61 @@ def _written(name: str, peer: Any, folder: Path, value: float = 1.0) -> tuple[Pa
         file = folder / "state.pt"
         peer.torch.save({"gamma": peer.torch.full((2000,), value)}, file)
 
-        def use(path: Path) -> str:
+        def use_weights(path: Path) -> str:
             gamma = peer.torch.load(path)["gamma"]
             return "right" if bool((gamma == value).all()) else "wrong, without an error"
 
-        return file, use
+        return file, use_weights
     if name == "onnxruntime":
-        import onnx
-
-        gamma = onnx.numpy_helper.from_array(np.full(2000, value, np.float32), "gamma")
-        ports = [
-            onnx.helper.make_tensor_value_info(port, onnx.TensorProto.FLOAT, [2000])
-            for port in ("x", "y")
-        ]
-        node = onnx.helper.make_node("Mul", ["x", "gamma"], ["y"])
-        graph = onnx.helper.make_graph([node], "scale", ports[:1], ports[1:], [gamma])
-        opset = [onnx.helper.make_opsetid("", 17)]
-        model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
         file = folder / "forward.onnx"
-        file.write_bytes(model.SerializeToString())
+        file.write_bytes(_scaling_graph(value))
 
-        def use(path: Path) -> str:
+        def use_graph(path: Path) -> str:
             session = peer.ort.InferenceSession(path)
             y = session.run(None, {session.get_inputs()[0].name: np.ones(2000, np.float32)})[0]
             return "right" if bool((y == value).all()) else "wrong, without an error"
 
-        return file, use
+        return file, use_graph
     file = folder / "forward.so"
     peer.compile().export_library(str(file))
 
-    def use(path: Path) -> str:
+    def use_library(path: Path) -> str:
         module = peer.tvm.runtime.load_module(str(path))
         x = placed(plain(), 0)
         return judged(peer.forward(x, None, module["forward"]), answer(x))
 
-    return file, use
+    return file, use_library
+
+
+def _scaling_graph(value: float) -> bytes:
+    """A graph of one multiplication by 2000 weights."""
+    import onnx
+
+    gamma = onnx.numpy_helper.from_array(np.full(2000, value, np.float32), "gamma")
+    ports = [
+        onnx.helper.make_tensor_value_info(port, onnx.TensorProto.FLOAT, [2000])
+        for port in ("x", "y")
+    ]
+    node = onnx.helper.make_node("Mul", ["x", "gamma"], ["y"])
+    graph = onnx.helper.make_graph([node], "scale", ports[:1], ports[1:], [gamma])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    return bytes(model.SerializeToString())
 
 
 def _ended(use: Use, path: Path) -> str:
     """What using the file in a child comes to."""
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(40)
         try:
             said = use(path)
         except Exception:
             os._exit(2)
         os._exit(0 if said == "right" else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return {0: "right", 1: "wrong, without an error", 2: "refused"}.get(status, "crashes")
+    ends = {0: "right", 1: "wrong, without an error", 2: "refused", -signal.SIGALRM: "hangs"}
+    return ends.get(status, "crashes")
 
 
 def _damaged(damage: Damage) -> Callable[[str, Any], str]:
@@ -105,8 +112,8 @@ def _flipped(name: str, peer: Any) -> str:
             path.write_bytes(changed)
             seen[_ended(use, path)] += 1
             path.unlink()
-    words = {"right": "not noticed"}
-    order = ("refused", "right", "wrong, without an error", "crashes")
+    words = {"right": "not noticed", "crashes": "crash", "hangs": "hang"}
+    order = ("refused", "right", "wrong, without an error", "crashes", "hangs")
     said = ", ".join(f"{seen[each]} {words.get(each, each)}" for each in order if seen[each])
     return f"of {FLIPS}: {said}"
 
@@ -159,8 +166,9 @@ def _replaced(name: str, peer: Any) -> str:
         from tvm.script import tirx as T
 
         @T.prim_func  # type: ignore[untyped-decorator]
-        def forward(y: T.Buffer((4,), "float32")) -> None:
+        def forward(out: T.handle) -> None:
             T.func_attr({"global_symbol": "forward"})
+            y = T.match_buffer(out, (4,), "float32")
             for i in range(4):
                 y[i] = T.float32(7)
 
@@ -201,11 +209,11 @@ def _full_disk(name: str, peer: Any) -> str:
     with TemporaryDirectory() as folder:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        file, use = _written(name, peer, Path(folder))
+        file = _written(name, peer, Path(folder))[0]
         file.unlink()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            file, use = _written(name, peer, Path(folder))
+            file = _written(name, peer, Path(folder))[0]
             failed = "no error"
         except Exception as error:
             failed = f"`{type(error).__name__}`"

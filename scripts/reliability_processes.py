@@ -1,4 +1,4 @@
-"""The cases of peers.py that are about threads and processes."""
+"""The cases of reliability.py that are about threads and processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from peers_arrays import NOT_THERE, answer, judged, placed, plain
+
+from normgraph.scripts.reliability_arrays import NOT_THERE, answer, judged, placed, plain
 
 SECONDS = 10.0
 
@@ -106,7 +107,9 @@ def _concurrent_load(name: str, peer: Any) -> str:
 
         def load(seed: int) -> None:
             module = peer.tvm.runtime.load_module(f"{folder}/forward.so")
-            assert judged(peer.forward(placed(plain(), 0), None, module["forward"]), answer(plain()))
+            assert judged(
+                peer.forward(placed(plain(), 0), None, module["forward"]), answer(plain())
+            )
 
         return _in_threads(load)
 
@@ -127,7 +130,7 @@ def _many_loads(name: str, peer: Any) -> str:
             peer.compile().export_library(str(file))
 
             def load() -> None:
-                peer.tvm.runtime.load_module(str(file))["forward"]  # noqa: B018
+                peer.tvm.runtime.load_module(str(file))["forward"]
 
         for _ in range(50):
             load()
