@@ -9,6 +9,7 @@ from __future__ import annotations
 from normgraph.runtime.call import Call
 from normgraph.runtime.operator import Operator, load
 from normgraph.runtime.output_pool import OutputPool, PoolStats, pool
+from normgraph.runtime.packing import pack, unpack
 from normgraph.runtime.signature import Signature, TensorSpec
 from normgraph.runtime.threads import get_num_threads, set_num_threads
 
@@ -21,6 +22,8 @@ __all__ = [
     "TensorSpec",
     "get_num_threads",
     "load",
+    "pack",
     "pool",
     "set_num_threads",
+    "unpack",
 ]

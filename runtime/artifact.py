@@ -21,6 +21,7 @@ from normgraph.runtime.files import REBUILD, Folder, StoredFile
 from normgraph.runtime.host import LoaderRange, loader_obstacle
 from normgraph.runtime.library import Library, choose
 from normgraph.runtime.manifest import MANIFEST, Edition, SelfTestCase, read_manifest
+from normgraph.runtime.packed import Packed
 from normgraph.runtime.signature import Signature
 from normgraph.spec import NormSpec
 
@@ -64,8 +65,17 @@ class Artifact:
         return replace(self, libraries=(), vectors=None)
 
 
+def folder_at(path: Path) -> Folder:
+    """The files of the artifact at `path`, none of which has been read."""
+    try:
+        packed = path.is_file()
+    except ValueError:  # a character that no file name has; reading says so
+        packed = False
+    return Packed(path) if packed else Folder(path)
+
+
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """Read and check the artifact directory at `path`.
+    """Read and check the artifact at `path`: a directory, or a file that `pack` wrote.
 
     Raises ArtifactNotFound where there is none, ArtifactCorrupt where the manifest or a file is
     not what was written, ArtifactIncompatible where it is sound but this version cannot read it.
@@ -78,7 +88,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArgumentTypeError(
             f"path: expected a string or a path of an artifact's directory; got {path!r}."
         )
-    folder = Folder(Path(os.path.abspath(os.fspath(path))))
+    folder = folder_at(Path(os.path.abspath(os.fspath(path))))
     manifest, edition = read_manifest(folder)
     while True:
         try:

@@ -127,7 +127,9 @@ class Operator:
 
 
 def load(path: str | os.PathLike[str]) -> Operator:
-    """Open the artifact directory at `path` and load the library this host runs best.
+    """Open the artifact at `path` and load the library this host runs best.
+
+    path: a directory that a build wrote, or a file that `normgraph pack` wrote.
 
     Everything is checked here, and before anything is loaded into the process: ArtifactNotFound
     where there is no artifact, ArtifactCorrupt where its manifest or one of its files is not what

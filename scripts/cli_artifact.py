@@ -1,4 +1,4 @@
-"""`normgraph inspect` and `normgraph targets`."""
+"""`normgraph inspect`, `normgraph pack`, `normgraph unpack` and `normgraph targets`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def inspect(options: argparse.Namespace) -> int:
         print("\n" + table([tuple(each.values()) for each in results], tuple(results[0])))
     elif options.self_test:
         print("\nno self-test: the artifact holds no vectors; `normgraph verify` draws its own")
+    return 0
+
+
+def pack(options: argparse.Namespace) -> int:
+    """Write an artifact into one file."""
+    from normgraph.runtime.packing import pack as write
+
+    print(write(options.artifact, options.out))
+    return 0
+
+
+def unpack(options: argparse.Namespace) -> int:
+    """Write a packed artifact's files into a directory."""
+    from normgraph.runtime.packing import unpack as write
+
+    print(write(options.artifact, options.out))
     return 0
 
 
@@ -78,15 +94,14 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
 
     Where it loads none, that is empty, and a note on stderr says why.
     """
-    from normgraph.runtime.artifact import open_artifact
-    from normgraph.runtime.files import Folder
+    from normgraph.runtime.artifact import folder_at, open_artifact
     from normgraph.runtime.manifest import read_manifest
 
     try:
         artifact = open_artifact(path)
     except ArtifactIncompatible as error:
         # Either the format is too new, which this says once more, or a spec within it.
-        manifest, _ = read_manifest(Folder(path))
+        manifest, _ = read_manifest(folder_at(path))
         log(f"note: {error}")
         return manifest, ""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from normgraph.errors import AccuracyError, ArgumentError
 from normgraph.scripts.console import Progress
@@ -12,9 +13,19 @@ def verify(options: argparse.Namespace) -> int:
     """Print the accuracy report; 1 where an output is out of tolerance."""
     from normgraph.scripts.verify import verify as check
 
+    _refuse_packed("verify", options.artifact)
     report = check(options.artifact, options.shape, options.seed, progress=Progress())
     print(report.to_json() if options.json else report.to_text())
     return 0 if report.ok else AccuracyError.exit_code
+
+
+def _refuse_packed(command: str, path: Path) -> None:
+    """Both hand the graphs to onnxruntime as files."""
+    if path.is_file():
+        raise ArgumentError(
+            f"{path}: {command} needs the directory of an artifact, and this is a file. Run"
+            f" 'normgraph unpack {path} -o DIR' first."
+        )
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -24,6 +35,7 @@ def bench(options: argparse.Namespace) -> int:
     from normgraph.scripts.bench_plot import pyplot, roofline
     from normgraph.scripts.bench_roster import BRIEF, Extras
 
+    _refuse_packed("bench", options.artifact)
     known = open_artifact(options.artifact).signatures
     for kind in options.kinds or ():
         if kind not in known:

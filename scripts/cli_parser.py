@@ -54,6 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     _bench(command("bench", cli_check.bench, "time an artifact against its peers"))
     _inspect(command("inspect", cli_artifact.inspect, "show what an artifact holds"))
     _cache(command("cache", cli_cache.cache, "show or empty the cache of compiled artifacts"))
+    _pack(command("pack", cli_artifact.pack, "write an artifact into one file"), "FILE.ngz")
+    _pack(command("unpack", cli_artifact.unpack, "write a packed artifact into a directory"), "DIR")
     _json(command("targets", cli_artifact.targets, "list the known targets"))
     _json(command("doctor", cli_doctor.doctor, "report what this machine has and lacks"))
     return parser
@@ -228,8 +230,13 @@ def _cache(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _pack(sub: argparse.ArgumentParser, out: str) -> None:
+    _artifact(sub)
+    sub.add_argument("-o", "--out", type=path, required=True, metavar=out)
+
+
 def _artifact(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("artifact", type=path, metavar="ARTIFACT", help="what compile wrote")
+    sub.add_argument("artifact", type=path, metavar="ARTIFACT", help="what compile or pack wrote")
 
 
 def _json(sub: argparse.ArgumentParser) -> None:

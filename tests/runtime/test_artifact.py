@@ -54,7 +54,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ArtifactNotFound, match=r"no manifest.json"):
         load(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ArtifactNotFound, match="this is a file"):
+    with pytest.raises(ArtifactCorrupt, match="expected a packed artifact"):
         load(tmp_path / "file")
 
 
