@@ -137,6 +137,6 @@ def _check_entries(path: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 def _corrupt(path: Path, what: str) -> ArtifactCorrupt:
     return ArtifactCorrupt(
-        f"{path}: expected a packed artifact, a zip archive that 'normgraph pack' wrote, but"
-        f" {what.rstrip('.')}. Pack the artifact again."
+        f"{path}: expected a packed artifact, but {what.rstrip('.')}. Pack the artifact again, or"
+        f" pass the directory of one."
     )

@@ -50,7 +50,8 @@ SECTIONS = {
         "Damage to a file of weights (PyTorch), a graph with weights (onnxruntime), a library that"
         " TVM exported, and in turn each file of an artifact. Not noticed: it is used, and gives"
         " the right result all the same.",
-        ("runtime/test_artifact.py", "runtime/test_replaced.py", "compile/test_build.py"),
+        ("runtime/test_artifact.py", "runtime/test_damage.py", "runtime/test_loading.py",
+         "runtime/test_replaced.py", "runtime/test_packed.py", "compile/test_build.py"),
     ),
 }  # fmt: skip
 # Of a message.

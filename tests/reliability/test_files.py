@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import threading
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,8 @@ import pytest
 
 import normgraph as ng
 from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, NormGraphError, ToolMissing
-from normgraph.runtime import host
+from normgraph.runtime import host, pack
+from normgraph.runtime.manifest import MANIFEST, manifest_digest
 
 Row = Callable[[object], None]
 
@@ -132,6 +138,84 @@ def test_replaced_in_use(
     answer = 1 / np.sqrt(x.astype(np.float64).var(2, keepdims=True) + 3)
     np.testing.assert_allclose(inv_std, answer, rtol=1e-5)
     row("right")
+
+
+def test_replaced_while_loading(
+    build_artifact: Callable[..., Path], norm: Any, copies: Any, row: Row
+) -> None:
+    """a file that is replaced again and again while it is loaded"""
+    path = copies()
+    kinds = ("forward", "backward")
+    other = build_artifact(ng.NormSpec("instance_norm", eps=3.0), ("N", 8, "L"), kinds=kinds)
+    manifests = [(folder / "manifest.json").read_bytes() for folder in (path, other)]
+    shutil.copytree(other, path, dirs_exist_ok=True)
+    x = norm.x().astype(np.float64)
+    answers = {eps: 1 / np.sqrt(x.var(2, keepdims=True) + eps) for eps in (1e-5, 3.0)}
+    stop = threading.Event()
+
+    def replace() -> None:
+        turn = 0
+        while not stop.is_set():
+            (path / ".next").write_bytes(manifests[turn % 2])
+            os.replace(path / ".next", path / "manifest.json")
+            turn += 1
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    seen: set[float] = set()
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end or len(seen) < 2:
+            op = ng.load(path)
+            inv_std = op.forward(norm.x(), norm.gamma, norm.beta).inv_std
+            np.testing.assert_allclose(inv_std, answers[op.spec.eps or 0], rtol=1e-5)
+            seen.add(op.spec.eps or 0)
+    finally:
+        stop.set()
+        writer.join()
+    row("right: the old one or the new one")
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The artifact with another manifest and a digest that fits it."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    manifest["digest"] = manifest_digest(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def test_newer_format(copies: Any, row: Row) -> None:
+    """a file in a format of the future"""
+    with pytest.raises(ArtifactIncompatible) as caught:
+        ng.load(changed(copies(), lambda manifest: manifest.update(format_version=2)))
+    row(caught.value)
+
+
+def test_other_loader(copies: Any, row: Row) -> None:
+    """a library for another binary interface (another apache-tvm-ffi)"""
+    later = {"tvm_ffi": {"from": "99.0", "below": "100.0"}}
+    with pytest.raises(ArtifactIncompatible, match=r"99\.0") as caught:
+        ng.load(changed(copies(), lambda manifest: manifest.update(requires=later)))
+    row(f"`{caught.typename}`, which names both versions")
+
+
+def test_leads_out(norm_artifact: Path, tmp_path: Path, row: Row) -> None:
+    """an archive with a file ../manifest.json in it"""
+    path = pack(norm_artifact, tmp_path / "norm.ngz")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../manifest.json", b"{}")
+    error = refused(path)
+    assert not (tmp_path.parent / "manifest.json").exists()
+    row(error)
+
+
+def test_bomb(norm_artifact: Path, tmp_path: Path, row: Row) -> None:
+    """an archive that grows a thousandfold"""
+    path = pack(norm_artifact, tmp_path / "norm.ngz")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(2**25))
+    row(refused(path))
 
 
 def test_relative_path(
