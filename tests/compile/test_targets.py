@@ -142,7 +142,7 @@ def test_another_machine_gets_an_object_or_with_its_linker_a_library(
     # A cross linker that writes a fixed file, and whose nm lists nothing: the last step is its own.
     cross = empty / f"{resolve(other).triple}-gcc"
     cross.write_text(
-        '#!/bin/sh\n[ "$1" != -print-prog-name=nm ] || exec echo /bin/true\n'
+        '#!/bin/sh\n[ "$1" != -print-prog-name=nm ] || { echo /bin/true; exit; }\n'
         'while [ "$1" != -o ]; do shift; done\necho linked > "$2"\n'
     )
     cross.chmod(0o755)
