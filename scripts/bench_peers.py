@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 import normgraph
@@ -52,9 +53,18 @@ OURS, DX_ALONE = "normgraph", "normgraph, dx alone"
 
 
 def ours(
-    operator: Any, kind: str, inputs: Mapping[str, Array], threads: int, *, fresh: bool
+    operator: Any,
+    kind: str,
+    inputs: Mapping[str, Array],
+    threads: int,
+    *,
+    fresh: bool,
+    out: dict[str, Array] | None = None,
 ) -> Peer:
-    """Our kernel, into given arrays or with outputs allocated by each call."""
+    """Our kernel, into given arrays or with outputs allocated by each call.
+
+    out: the arrays to give; where it is empty, it is filled with new ones.
+    """
     names = [entry["name"] for entry in operator.manifest["kinds"][kind]["outputs"]]
     arguments = tuple(inputs.values())
     method = getattr(operator, kind)
@@ -64,19 +74,32 @@ def ours(
 
     if fresh:
         return Peer(OURS, lambda: named(method(*arguments)), threads, fresh=True)
-    out = named(method(*arguments))
-    return Peer(OURS, lambda: named(method(*arguments, out=out)), threads, fresh=False)
+    places = {} if out is None else out
+    if not places:
+        places.update(named(method(*arguments)))
+    return Peer(OURS, lambda: named(method(*arguments, out=places)), threads, fresh=False)
 
 
-def dx_alone(operator: Any, kind: str, inputs: Mapping[str, Array], threads: int) -> Peer:
-    """Our kernel asked for dx and nothing else, into a given array."""
+def dx_alone(
+    operator: Any,
+    kind: str,
+    inputs: Mapping[str, Array],
+    threads: int,
+    out: Mapping[str, Array] | None = None,
+) -> Peer:
+    """Our kernel asked for dx and nothing else, into a given array.
+
+    out: the arrays of `ours`. The same dx makes the two comparable: where it lies beside x and dy
+    costs up to a seventh of the time of a call in cache.
+    """
     if not kind.startswith("backward"):
         raise PeerMissing("only a backward has a dx")
     arguments, method = tuple(inputs.values()), getattr(operator, kind)
-    out = {"dx": method(*arguments, want=("dx",))}
+    dx = out["dx"] if out else method(*arguments, want=("dx",))
+    dx.fill(np.nan)  # the check of this peer sees its own result
 
     def call() -> Outputs:
-        return {"dx": method(*arguments, want=("dx",), out=out)}
+        return {"dx": method(*arguments, want=("dx",), out={"dx": dx})}
 
     return Peer(DX_ALONE, call, threads, fresh=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Scene:
     given    the inputs of our kernel; full: those of the forward, and dy, for a peer that computes
              its own statistics
     threads  what every peer may use; own_threads: what our kernels can use in this process
+    outputs  the arrays that our kernel writes to, from the time it is made
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Scene:
     full: Mapping[str, Array]
     threads: int
     own_threads: int
+    outputs: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def scene_of(
 
 def makers(scene: Scene, extras: Extras) -> list[Maker]:
     """What makes each peer, under the name it has where it cannot be made."""
-    operator, kind, threads = scene.operator, scene.kind, scene.threads
+    operator, kind, threads, own = scene.operator, scene.kind, scene.threads, scene.own_threads
     spec, given, full = operator.spec, scene.given, scene.full
     graph = scene.path / operator.manifest["kinds"][kind]["graph"]["file"]
     found: list[Maker] = [
@@ -94,7 +96,7 @@ def makers(scene: Scene, extras: Extras) -> list[Maker]:
     if kind.startswith("backward"):
         found.insert(
             2,
-            (DX_ALONE, lambda: bench_peers.dx_alone(operator, kind, given, scene.own_threads)),
+            (DX_ALONE, lambda: bench_peers.dx_alone(operator, kind, given, own, scene.outputs)),
         )
     if extras.onednn:
         found += _onednn_makers(scene)
@@ -132,10 +134,11 @@ def _onednn_makers(scene: Scene) -> list[Maker]:
 
 def own_makers(scene: Scene) -> list[Maker]:
     """Our kernels, into given arrays and with fresh outputs."""
-    operator, kind, given = scene.operator, scene.kind, scene.given
+    operator, kind, given, own = scene.operator, scene.kind, scene.given, scene.own_threads
+    out = scene.outputs
     return [
-        (OURS, lambda: bench_peers.ours(operator, kind, given, scene.own_threads, fresh=False)),
-        (OURS, lambda: bench_peers.ours(operator, kind, given, scene.own_threads, fresh=True)),
+        (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=False, out=out)),
+        (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=True)),
     ]
 
 

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 import normgraph as ng
 from normgraph import NormSpec
 from normgraph.errors import AccuracyError
-from normgraph.scripts import bench_dnnl, bench_floor, bench_onednn, bench_ort, bench_torch
+from normgraph.scripts import (
+    bench_dnnl,
+    bench_floor,
+    bench_onednn,
+    bench_ort,
+    bench_peers,
+    bench_torch,
+)
 from normgraph.scripts.bench_check import check, worst_outside
 from normgraph.scripts.bench_peers import Peer, PeerMissing
 from normgraph.scripts.bench_roster import Scene, scene_of
@@ -219,3 +226,18 @@ def test_threads_are_bound_one_a_core() -> None:
     assert os.sched_getaffinity(0) == before
     with bound(1) as done:
         assert not done
+
+
+def test_dx_alone_is_written_where_the_whole_call_writes_it(
+    scene: Callable[..., Scene],
+) -> None:
+    """Where dx lies beside its inputs has a price of its own."""
+    place = scene(NormSpec("instance_norm"), "backward")
+    arguments = (place.operator, "backward", place.given, 2)
+    whole = bench_peers.ours(*arguments, fresh=False, out=place.outputs)
+    alone = bench_peers.dx_alone(*arguments, place.outputs)
+    assert np.isnan(place.outputs["dx"]).all()
+    assert right(alone, place)
+    assert np.shares_memory(alone.call()["dx"], place.outputs["dx"])
+    assert np.shares_memory(whole.call()["dx"], place.outputs["dx"])
+    assert right(whole, place)
