@@ -17,17 +17,26 @@ from normgraph.compile.tir import (
     Stmt,
     bind,
     both,
+    constant,
     demand,
     either,
+    floordiv,
     i64,
     loop,
+    modulo,
+    plus,
     seq,
     times,
+    vector_loop,
     when,
     zero,
 )
 
 NULL, WRITE, ADD = 0, 1, 2
+
+# Parameters along a row of up to so many elements are worth widening once: as float32 longer ones
+# crowd the rows out of the first cache. A vector's elements are widened together.
+_WIDENED_MOST, _WIDENED_LANES = 2048, 16
 
 
 class Frame:
@@ -54,6 +63,12 @@ class Frame:
         self.partials: dict[Tensor, Any] = {
             s.op.out: _workspace(s.op.out, times(partials, element_count(s.op.out)))
             for s in plan.column_sums
+        }
+        # Parameters along a row, of a half type: widened once and not for every row.
+        self.widened: dict[Tensor, Any] = {
+            t: tirx.decl_buffer((element_count(t),), "float32", f"{t.name}_wide", scope="global")
+            for t in self.program.inputs
+            if t.dtype in HALF_TYPES and _is_short_along_rows(t, plan)
         }
         self.params: list[Any] = []
         self.scalars: dict[Any, Expr] = {}
@@ -104,6 +119,8 @@ class Frame:
             stmts.append(tirx.Bind(variable, replace_scalars(value, self.scalars)))
         stmts.extend(tirx.AllocBuffer(b) for b in self.workspaces.values())
         stmts.extend(tirx.AllocBuffer(b) for b in self.partials.values())
+        for tensor, buffer in self.widened.items():
+            stmts += [tirx.AllocBuffer(buffer), _widen_all(self.flat[tensor], buffer)]
         return stmts
 
     def close(self, body: Stmt) -> Any:
@@ -140,9 +157,11 @@ class Frame:
     # Memory.
 
     def load(self, tensor: Tensor, at: Expr) -> Expr:
-        """An element of a workspace or of a parameter's memory."""
-        buffer = self.workspaces[tensor] if tensor in self.workspaces else self.flat[tensor]
-        return tirx.BufferLoad(buffer, [at])
+        """An element of a workspace or of a parameter's memory, float32 where it was widened."""
+        for own in (self.workspaces, self.widened):
+            if tensor in own:
+                return tirx.BufferLoad(own[tensor], [at])
+        return tirx.BufferLoad(self.flat[tensor], [at])
 
     def store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
         """Put an element into a tensor's workspace."""
@@ -211,6 +230,32 @@ def rounded_sum(old: Expr, value: Expr) -> Expr:
         return tirx.Add(old, value)
     exact = before_rounding(value)
     return narrow(dtype, tirx.Add(widen(old), widen(value) if exact is None else exact))
+
+
+def _is_short_along_rows(tensor: Tensor, plan: SlicePlan) -> bool:
+    """Whether it is read along every row, and short."""
+    length, whole = constant(element_count(tensor)), tensor.axes == frozenset(plan.wide_axes)
+    if length is None or length > _WIDENED_MOST or whole or not plan.inner_axes:
+        return False
+    return plan.inner_axes[-1] in tensor.axes
+
+
+def _widen_all(source: Any, wide: Any) -> Stmt:
+    size, lanes = wide.shape[0], _WIDENED_LANES
+
+    def one(index: Expr) -> Stmt:
+        return tirx.BufferStore(wide, widen(tirx.BufferLoad(source, [index])), [index])
+
+    def vector(k: Expr) -> Stmt:
+        return vector_loop(lanes, lambda lane: one(plus(times(k, i64(lanes)), lane)))
+
+    done = times(floordiv(size, lanes), i64(lanes))
+    return seq(
+        [
+            loop(floordiv(size, lanes), vector, name="vector"),
+            loop(modulo(size, lanes), lambda k: one(plus(done, k)), name="rest"),
+        ]
+    )
 
 
 def _workspace(tensor: Tensor, size: Expr) -> Any:

@@ -22,6 +22,7 @@ from normgraph import NormSpec
 from normgraph.compile import codegen, half_types, link, resolve
 from normgraph.compile.tir import cast, i64, loop, plus, times, vector_loop
 from normgraph.cpu import levels
+from normgraph.graphs import build
 
 Array = NDArray[Any]
 
@@ -171,3 +172,18 @@ def test_an_added_output_is_rounded_once(half: str, build_operator: Callable[...
     total = np.full(x.shape, -unit / 4, HALF[half])
     op.inference(x, gamma, out={"y": total}, grad_req="add")
     np.testing.assert_array_equal(total.astype(np.float32), np.ones(x.shape, np.float32))
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("length", [3, 16, 37, 2048, 2049])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_parameters_along_a_row(
+    op: str, length: int, half: str, compile_models: Callable[..., Any]
+) -> None:
+    """Up to 2048 of them are widened once, in vectors and what is left one by one."""
+    spec = NormSpec(op).resolve(half)
+    models = {kind: build(spec, kind, ("N", length), half) for kind in ("forward", "backward")}
+    kernels = compile_models(spec, models)
+    for kind in models:
+        for rows in (1, 70):
+            kernels.check(kind, kernels.inputs(kind, {"N": rows}))
