@@ -24,7 +24,7 @@ class Costs:
     """Of one artifact with forward, inference and backward.
 
     compile         seconds a graph, in a process that has compiled before, the self-test included
-    load            seconds to check and open it, the library loaded before
+    load            seconds to check it, open it and load the library
     size            bytes of all its files; library: of the library alone
     calls           seconds a small call by kind, serial: inference into given arrays, backward with
                     fresh ones
