@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from normgraph.compile.artifact import Draft, digest, write, writing
+from normgraph.compile.artifact import LOADER_RANGE, Draft, digest, write, writing
 from normgraph.errors import CompileError
 
 CALLS = ("open", "fsync", "chmod", "replace", "unlink")
@@ -141,6 +142,16 @@ def test_what_reaches_the_disk_before_what(tmp_path: Path, monkeypatch: pytest.M
     ]
     assert {name for name, _ in flat[8:]} == {"unlink"}
     assert len(flat) == 10
+
+
+def test_the_loader_s_versions_are_those_that_are_installed_with_normgraph() -> None:
+    (wanted,) = (
+        line
+        for line in importlib.metadata.requires("normgraph") or ()
+        if line.startswith("apache-tvm-ffi")
+    )
+    limits = wanted.removeprefix("apache-tvm-ffi").split(",")
+    assert set(limits) == {f">={LOADER_RANGE['from']}", f"<{LOADER_RANGE['below']}"}
 
 
 def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
