@@ -28,8 +28,8 @@ from normgraph.compile.tensor_program import (
 )
 from normgraph.compile.tir import constant, i64, product, times
 
-# Rows of up to so many elements are read in columns, where their square is at most so many times the
-# number of rows. Measured.
+# Rows of up to so many elements are read in columns, where their square is at most so many times
+# the number of rows. Measured.
 _SHORT_ROW = 512
 _SHORT_ROW_SHARE = 160
 
