@@ -1,9 +1,16 @@
-"""Fixtures for every test: artifacts built once a session, golden files, the repository's root."""
+"""Fixtures for every test: artifacts built once a session, golden files, the repository's root.
+
+With the environment variable NORMGRAPH_TEST_ARTIFACTS, artifacts are in that folder beforehand, and
+nothing is compiled.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,10 +74,47 @@ def repository(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def wheel_file(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    out = tmp_path_factory.mktemp("wheel")
+    script = repository / "scripts" / "build-wheel"
+    subprocess.run([script, sys.executable, out], check=True, capture_output=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prebuilt() -> Path | None:
+    """The folder of NORMGRAPH_TEST_ARTIFACTS."""
+    folder = os.environ.get("NORMGRAPH_TEST_ARTIFACTS")
+    return Path(folder) if folder else None
+
+
+@pytest.fixture(scope="session")
+def name_of_build() -> Callable[..., str]:
+    """What an artifact with these arguments of `build_artifact` is called among prebuilt ones."""
+
+    def name(
+        spec: ng.NormSpec,
+        shape: Shape,
+        dtype: str = "float32",
+        kinds: Sequence[str] | None = None,
+    ) -> str:
+        key = (spec, tuple(shape), dtype, None if kinds is None else tuple(kinds))
+        return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    return name
+
+
+@pytest.fixture(scope="session")
+def build_artifact(
+    tmp_path_factory: pytest.TempPathFactory,
+    prebuilt: Path | None,
+    name_of_build: Callable[..., str],
+) -> Callable[..., Path]:
     """Build an artifact for this host, once for each set of arguments: see `build` for them."""
     root = tmp_path_factory.mktemp("artifacts")
-    built: dict[object, Path] = {}
+    built: dict[str, Path] = {}
     folders = itertools.count()  # a folder a try, so that one that failed is not met again
 
     def build(
@@ -79,7 +123,9 @@ def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         dtype: str = "float32",
         kinds: Sequence[str] | None = None,
     ) -> Path:
-        key = (spec, tuple(shape), dtype, None if kinds is None else tuple(kinds))
+        key = name_of_build(spec, shape, dtype, kinds)
+        if prebuilt is not None:
+            return prebuilt / key
         if key not in built:
             folder = root / str(next(folders))
             ng.graphs.export(

@@ -37,13 +37,9 @@ def python(*arguments: str, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of this checkout."""
-    out = tmp_path_factory.mktemp("wheel")
-    script = repository / "scripts" / "build-wheel"
-    subprocess.run([script, sys.executable, out], check=True, capture_output=True)
-    (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+def wheel(wheel_file: Path) -> zipfile.ZipFile:
+    """The wheel of this checkout, opened."""
+    return zipfile.ZipFile(wheel_file)
 
 
 @pytest.fixture(scope="module")

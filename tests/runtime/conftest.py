@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tvm
-from tvm.script import tirx as T
 
 import normgraph
 from normgraph.cpu import machine
@@ -58,6 +56,8 @@ def tensor_entry(name: str, dtype: str) -> dict[str, Any]:
 
 def kernels(dtype: str) -> dict[str, Any]:
     """The kernels; `core` is the type of the statistics."""
+    from tvm.script import tirx as T
+
     core = "float64" if dtype == "float64" else "float32"
 
     @T.prim_func  # type: ignore[untyped-decorator]
@@ -274,6 +274,8 @@ def _named(root: Path, stem: str, suffix: str, content: bytes) -> Path:
 
 
 def write_artifact(root: Path, dtype: str) -> Path:
+    import tvm
+
     root.mkdir()
     functions = kernels(dtype)
     module = tvm.IRModule(
@@ -354,8 +356,8 @@ class Toy:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    root = tmp_path_factory.mktemp("toy")
+def toy(tmp_path_factory: pytest.TempPathFactory, prebuilt: Path | None) -> Toy:
+    root = tmp_path_factory.mktemp("toy") if prebuilt is None else prebuilt / "toy"
     operators: dict[str, Operator] = {}
 
     def artifact(dtype: str = "float32") -> Path:
