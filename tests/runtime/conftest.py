@@ -1,7 +1,7 @@
 """A small artifact made by hand: plain kernels with simple arithmetic, one per kind but one.
 
-x is (N, 3, L), instance_norm with running statistics and momentum as an input; the kernels compute
-things that are easy to predict (`ToyAnswers`), not instance_norm. backward_frozen is left out.
+x is (N, 3, L), instance_norm with running statistics and momentum as an input; backward_frozen is
+left out. The kernels compute what is easy to predict (`ToyAnswers`), not instance_norm.
 """
 
 from __future__ import annotations
@@ -292,12 +292,12 @@ def write_artifact(root: Path, dtype: str) -> Path:
     for kind in KINDS:
         inputs = ToyAnswers.inputs(kind)
         for name, array in zip(KINDS[kind][0], inputs, strict=True):
-            stored = array if tensor_entry(name, dtype)["dtype"] != "bfloat16" else None
-            if stored is None:
-                stored = (array.view(np.uint32) >> 16).astype(np.uint16)
-            else:
-                stored = array.astype(tensor_entry(name, dtype)["dtype"])
-            vectors[f"{kind}.0.in.{name}"] = stored
+            stored = tensor_entry(name, dtype)["dtype"]
+            vectors[f"{kind}.0.in.{name}"] = (
+                (array.view(np.uint32) >> 16).astype(np.uint16)
+                if stored == "bfloat16"
+                else array.astype(stored)
+            )
         answers = ToyAnswers.outputs(kind, inputs)
         vectors.update({f"{kind}.0.out.{name}": value for name, value in answers.items()})
         cases.append(
