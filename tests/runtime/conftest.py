@@ -283,9 +283,9 @@ def write_artifact(root: Path, dtype: str) -> Path:
     )
     mcpu, feature = OLDEST[machine()]
     target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
-    library = root / "made.so"
-    tvm.compile(module, target=target).export_library(str(library))
-    library = library.rename(_named(root, "kernels-cpu", ".so", library.read_bytes()))
+    made = root / "made.so"
+    tvm.compile(module, target=target).export_library(str(made))
+    library = made.rename(_named(root, "kernels-cpu", ".so", made.read_bytes()))
     graph = _named(root, "graph", ".onnx", b"no kernel needs it")
     vectors: dict[str, Any] = {}
     cases = []
@@ -293,11 +293,9 @@ def write_artifact(root: Path, dtype: str) -> Path:
         inputs = ToyAnswers.inputs(kind)
         for name, array in zip(KINDS[kind][0], inputs, strict=True):
             stored = tensor_entry(name, dtype)["dtype"]
-            vectors[f"{kind}.0.in.{name}"] = (
-                (array.view(np.uint32) >> 16).astype(np.uint16)
-                if stored == "bfloat16"
-                else array.astype(stored)
-            )
+            if stored == "bfloat16":
+                array, stored = array.view(np.uint32) >> 16, "uint16"
+            vectors[f"{kind}.0.in.{name}"] = array.astype(stored)
         answers = ToyAnswers.outputs(kind, inputs)
         vectors.update({f"{kind}.0.out.{name}": value for name, value in answers.items()})
         cases.append(
