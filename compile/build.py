@@ -21,6 +21,7 @@ from normgraph import __version__
 from normgraph.compile import cache as compile_cache
 from normgraph.compile import cache_key, graph_files, link, pipeline, self_test, vectors
 from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, LOADER_RANGE, Draft, write
+from normgraph.compile.cuda_compilers import Compiler
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target, resolve_all
 from normgraph.compile.vectors import Case, Port
@@ -38,7 +39,8 @@ class Library:
     """What was compiled for one target.
 
     suffix: .so, or .o where the target's linker is not here. rules: the schedule rule of each
-    kind. self_test: "passed", or "not run" where this machine does not run the target.
+    kind. self_test: "passed", or "not run" where this machine does not run the target. compiler:
+    of the CUDA code.
     """
 
     target: Target
@@ -46,6 +48,7 @@ class Library:
     content: bytes
     rules: Mapping[str, str]
     self_test: str
+    compiler: Compiler | None
 
 
 def build(
@@ -77,8 +80,8 @@ def build(
 
     Raises ArtifactNotFound where src has no graphs; TargetError for an unknown target;
     ArgumentError for a wrong value in one of the cache's variables; ToolMissing without a C
-    compiler; CompileError where a graph does not compile, was not exported by normgraph, gives
-    wrong results, or where out cannot be written.
+    compiler, or for CUDA without a CUDA compiler; CompileError where a graph does not compile, was
+    not exported by normgraph, gives wrong results, or where out cannot be written.
     """
     say = progress or (lambda message: None)
     kept = compile_cache.from_environment() if cache else None
@@ -144,19 +147,21 @@ def _library(
     with tempfile.TemporaryDirectory(prefix="normgraph-") as folder:
         say(f"generate code for {goal.name} and link")
         binary = Path(folder, "kernels.o")
-        pipeline.generate(scheduled, goal, binary, dump)
+        generated = pipeline.generate(scheduled, goal, binary, dump)
         library = Path(folder, "kernels.so")
-        if link.link(binary, library, goal):
+        if link.link(binary, library, goal, generated.sources):
             binary = library
         else:
             say(f"no linker for {goal.name} here: the artifact gets an object file, to be linked")
         status = "not run"
         if cases and goal.runs_here and binary is library:
             say(f"self-test of {goal.name}")
-            self_test.run(library, cases, {graph.kind: graph.outputs for graph in graphs})
+            outputs = {graph.kind: graph.outputs for graph in graphs}
+            self_test.run(library, cases, outputs, goal.device)
             status = "passed"
         rules = {kind: each.rule for kind, each in scheduled.items()}
-        return Library(goal, binary.suffix, binary.read_bytes(), rules, status)
+        content = binary.read_bytes()
+        return Library(goal, binary.suffix, content, rules, status, generated.compiler)
 
 
 def _cases(graphs: Sequence[Graph], say: Callable[[str], None]) -> list[Case]:
@@ -213,17 +218,22 @@ def _status(libraries: Sequence[Library]) -> str:
 
 def _described(library: Library, draft: Draft) -> dict[str, Any]:
     target = library.target
+    described: dict[str, Any] = {
+        "name": target.name,
+        "kind": target.kind,
+        "triple": target.triple,
+        "mcpu": target.mcpu,
+        "features": list(target.features),
+    }
+    if library.compiler is not None:
+        described["archs"] = list(target.images)
+        described["cuda"] = ".".join(map(str, library.compiler.version))
+        described["compiler"] = library.compiler.name
     return {
         **draft.add(f"kernels-{target.name}", library.suffix, library.content),
         "form": "library" if library.suffix == ".so" else "object",
         "self_test": library.self_test,
-        "target": {
-            "name": target.name,
-            "kind": target.kind,
-            "triple": target.triple,
-            "mcpu": target.mcpu,
-            "features": list(target.features),
-        },
+        "target": described,
     }
 
 

@@ -26,7 +26,7 @@ from tvm.target import codegen
 
 import normgraph
 from normgraph import graphs as graph_layer
-from normgraph.compile import link
+from normgraph.compile import cuda_compilers, link
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.targets import Target
 
@@ -96,6 +96,7 @@ def _target(goal: Target) -> list[Any]:
         str(goal.to_tvm()),
         goal.runs_here,
         None if tool is None else _toolchain(tool, *_file(tool)),
+        cuda_compilers.find().identity() if goal.kind == "cuda" else None,
     ]
 
 

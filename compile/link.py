@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
@@ -14,15 +16,24 @@ from normgraph.errors import CompileError, ToolMissing
 
 _HERE = Path(__file__).parent
 # What a kernel needs of TVM's runtime; see backend.c.
-_BACKEND = [
-    str(_HERE / f"{name}.c")
+_BACKEND = tuple(
+    _HERE / f"{name}.c"
     for name in ("backend", "cpu_count", "placement", "thread_pool", "workspace")
-]
+)
 # Tells the pool whether a kernel's loops are too small for several threads.
 STAY_ON_THREAD = "normgraph_stay_on_thread"
 # The rest stays inside: another library's function of the same name is not called instead, and the
 # loader does not put TVM's functions in place of ours.
 _EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """C files that are linked in, and where their headers are; by default what CPU kernels need."""
+
+    files: Sequence[Path] = _BACKEND
+    includes: Sequence[Path] = ()
+
 
 _NATIVE = ("cc", "gcc", "clang")
 
@@ -35,8 +46,8 @@ def compiler(target: Target) -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def link(object_file: Path, library: Path, target: Target) -> bool:
-    """Link `object_file` with the thread pool and the workspaces into `library`.
+def link(object_file: Path, library: Path, target: Target, sources: Sources | None = None) -> bool:
+    """Link `object_file` with C files, by default thread pool and workspaces, into `library`.
 
     Returns False where only a cross linker is missing: the object is then the result. Raises
     ToolMissing where this machine has no C compiler for itself, CompileError where linking fails.
@@ -54,7 +65,9 @@ def link(object_file: Path, library: Path, target: Target) -> bool:
     command = [tool, "-std=gnu11", "-shared", "-fPIC", "-O2", "-s", "-pthread"]
     command += [f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}"]
     command += [f"-Wl,--version-script={exports}", "-o", str(library), str(object_file)]
-    command += [*_BACKEND, "-lm", "-ldl"]
+    chosen = sources or Sources()
+    command += [f"-I{folder}" for folder in chosen.includes]
+    command += [*map(str, chosen.files), "-lm", "-ldl"]
     _run(command)
     _refuse_open_symbols(library, tool)
     return True

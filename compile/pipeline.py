@@ -7,29 +7,53 @@
  5. schedule   the first rule that takes the function -> loops
  6. lower      loops -> a packed function on flat memory    (all kinds of an artifact together)
  7. generate   LLVM -> object code                          (all kinds of an artifact together)
+               for CUDA also kernels -> CUDA source -> machine code and PTX
  8. link       object + thread pool -> shared library       (all kinds of an artifact together)
+               for CUDA with the launcher and the code for the devices
 
-Steps 1 to 5 run here, one graph at a time; `codegen` and `link` do the rest. `--debug-dump DIR`
-writes the state after each of the steps 1 to 7 as DIR/<kind>.<step>.<suffix>, `all` for all kinds.
+Steps 1 to 5 run here, one graph at a time; `codegen`, `cuda_codegen` and `link` do the rest.
+`--debug-dump DIR` writes the state after each of the steps 1 to 7 as DIR/<kind>.<step>.<suffix>,
+`all` for all kinds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from normgraph.compile import codegen, importing, plain_rule, slice_rule
+from normgraph.compile import (
+    codegen,
+    cuda_codegen,
+    cuda_compilers,
+    cuda_link,
+    cuda_plain_rule,
+    importing,
+    plain_rule,
+    slice_rule,
+)
+from normgraph.compile.link import Sources
 from normgraph.compile.targets import Target
-from normgraph.errors import CompileError
+from normgraph.errors import CompileError, NormGraphError
 
-# In order of preference; the last one takes every function.
-RULES = (slice_rule, plain_rule)
+# By kind of target, in order of preference; the last one takes every function.
+RULES: dict[str, tuple[Any, ...]] = {
+    "llvm": (slice_rule, plain_rule),
+    "cuda": (cuda_plain_rule,),
+}
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What is linked with the object file. compiler: of the CUDA code, with its version."""
+
+    sources: Sources = field(default_factory=Sources)
+    compiler: cuda_compilers.Compiler | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +105,11 @@ def schedule(
 def _first_rule(
     kind: str, func: Any, outputs: Sequence[str], target: Target, progress: Progress
 ) -> Scheduled:
-    for rule in RULES:
+    rules = RULES[target.kind]
+    for rule in rules:
         made = rule.apply(func, outputs, target)
         if made is not None:
-            if rule is RULES[-1]:
+            if rule is rules[-1]:
                 progress(f"{kind}: no schedule rule knows this pattern; compiled plainly, slow")
             return Scheduled(made, rule.NAME)
     raise CompileError(f"{kind}: no schedule rule took the function")
@@ -92,16 +117,40 @@ def _first_rule(
 
 def generate(
     scheduled: Mapping[str, Scheduled], target: Target, object_file: Path, dump: Dump
-) -> None:
-    """Steps 6 and 7 for all kinds of an artifact."""
+) -> Generated:
+    """Steps 6 and 7 for all kinds of an artifact. Raises ToolMissing without a CUDA compiler."""
+    functions = {kind: each.func for kind, each in scheduled.items()}
     try:
-        functions = {kind: each.func for kind, each in scheduled.items()}
+        if target.kind == "cuda":
+            return _generate_cuda(functions, target, object_file, dump)
         dump("all", "6-lower", "tir.py", lambda: codegen.lower(functions, target.to_tvm()).script())
         module = codegen.generate(functions, target.to_tvm())
-        dump("all", "7-generate", "ll", lambda: str(module.inspect_source("ll")))
-        dump("all", "7-generate", "s", lambda: str(module.inspect_source("asm")))
-        module.write_to_file(str(object_file), "o")
+        _write_object(module, object_file, dump)
+        return Generated()
+    except NormGraphError:
+        raise
     except Exception as error:
         raise CompileError(
             f"code generation for {target.name} failed: {type(error).__name__}: {error}"
         ) from error
+
+
+def _generate_cuda(
+    functions: Mapping[str, Any], target: Target, object_file: Path, dump: Dump
+) -> Generated:
+    compiler = cuda_compilers.find()
+    dump("all", "6-lower", "tir.py", lambda: cuda_codegen.lower(functions, target).script())
+    parts = cuda_codegen.split(functions, target)
+    text = cuda_codegen.source_of(parts, target)
+    dump("all", "7-generate", "cu", lambda: text)
+    images = [compiler.compile(text, arch) for arch in target.images]
+    for image in images:
+        dump("all", f"7-generate-{image.arch}", *image.shown())
+    _write_object(cuda_codegen.host_module(parts, target), object_file, dump)
+    return Generated(cuda_link.write(object_file.parent, parts.kernels, images), compiler)
+
+
+def _write_object(module: Any, object_file: Path, dump: Dump) -> None:
+    dump("all", "7-generate", "ll", lambda: str(module.inspect_source("ll")))
+    dump("all", "7-generate", "s", lambda: str(module.inspect_source("asm")))
+    module.write_to_file(str(object_file), "o")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,33 @@ import numpy as np
 import tvm
 import tvm_ffi
 
+from normgraph import cuda_memory
 from normgraph.compile.vectors import Array, Case, Port, dtype_of
 from normgraph.errors import CompileError
 
 
-def run(library: Path, cases: Sequence[Case], outputs: dict[str, Sequence[Port]]) -> None:
-    """Run every case on the library. Raises CompileError for the first output that is wrong."""
+def run(
+    library: Path,
+    cases: Sequence[Case],
+    outputs: Mapping[str, Sequence[Port]],
+    device: int | None = None,
+) -> None:
+    """Run every case on the library. Raises CompileError for the first output that is wrong.
+
+    device: a CUDA device to run it on.
+    """
+    put = _tensor if device is None else partial(_on_device, device)
+    get = _values if device is None else _from_device
     module = tvm_ffi.load_module(str(library), keep_module_alive=False)
     for case in cases:
         ports = outputs[case.kind]
-        made = [_empty(case.answers[p.name].shape, p.dtype) for p in ports]
-        given = [_tensor(values) for values in case.inputs.values()]
+        # NaN marks what a kernel leaves unwritten.
+        made = [put(np.full(case.answers[p.name].shape, np.nan, dtype_of(p.dtype))) for p in ports]
+        given = [put(values) for values in case.inputs.values()]
         write_all = sum(1 << (2 * k) for k in range(len(ports)))
         module[case.kind](*given, *made, write_all)
         for port, tensor in zip(ports, made, strict=True):
-            _compare(case, port.name, tensor.numpy())
+            _compare(case, port.name, get(tensor, dtype_of(port.dtype)))
 
 
 def _compare(case: Case, name: str, got: Array) -> None:
@@ -46,10 +59,25 @@ def _compare(case: Case, name: str, got: Array) -> None:
         )
 
 
-def _empty(shape: tuple[int, ...], dtype: str) -> Any:
-    # NaN marks what a kernel leaves unwritten.
-    return _tensor(np.full(shape, np.nan, dtype_of(dtype)))
-
-
 def _tensor(values: Array) -> Any:
     return tvm.runtime.tensor(np.asarray(values, order="C"))
+
+
+def _values(tensor: Any, dtype: np.dtype[Any]) -> Array:
+    del dtype
+    values: Array = tensor.numpy()
+    return values
+
+
+def _on_device(device: int, values: Array) -> Any:
+    code = cuda_memory.FLOAT if values.dtype.kind == "f" else cuda_memory.BFLOAT
+    memory = cuda_memory.Memory(values.shape, code, 8 * values.itemsize, device)
+    compact = np.asarray(values, order="C")
+    cuda_memory.upload(memory.address, compact.ctypes.data, compact.nbytes, device)
+    return tvm_ffi.from_dlpack(memory)
+
+
+def _from_device(tensor: Any, dtype: np.dtype[Any]) -> Array:
+    values: Array = np.empty(tuple(tensor.shape), dtype)
+    cuda_memory.download(values.ctypes.data, tensor.data_ptr(), values.nbytes, tensor.device.index)
+    return values

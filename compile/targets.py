@@ -10,6 +10,7 @@ from typing import Any
 import tvm
 from tvm.target import codegen
 
+from normgraph import cuda
 from normgraph.cpu import LEVELS, cpu_flags, has_feature, machine, vector_bytes
 from normgraph.errors import TargetError
 
@@ -28,6 +29,8 @@ _ARM_FEATURES = """
 """
 _X86_TRIPLE = "x86_64-linux-gnu"
 _ARM_TRIPLE = "aarch64-linux-gnu"
+# What the host's part of a CUDA library is compiled for: it runs beside every GPU.
+_BASELINE = {"x86_64": (_X86_TRIPLE, "x86-64"), "aarch64": (_ARM_TRIPLE, "generic")}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Target:
     """What `compile.build` compiles for.
 
     name: as given to `build`. triple, mcpu: as LLVM has them. features: the instruction sets a
-    host must have. vector_bytes: size of a vector register.
+    host must have. vector_bytes: size of a vector register, or of a CUDA thread's widest access.
+    archs: of a CUDA target what it has machine code for; triple and mcpu are then the host's.
     """
 
     name: str
@@ -44,27 +48,46 @@ class Target:
     mcpu: str
     features: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """The kind of code generator."""
-        return "llvm"
+        return "cuda" if self.archs else "llvm"
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """What a CUDA library holds: machine code for each of `archs`, PTX for the last one."""
+        return (*self.archs, *(f"compute_{arch[3:]}" for arch in self.archs[-1:]))
 
     @property
     def vector_bytes(self) -> int:
         """The size of a vector register."""
-        return vector_bytes(self.features)
+        return 16 if self.archs else vector_bytes(self.features)
 
     @property
     def runs_here(self) -> bool:
         """Whether this machine can run code for the target."""
+        if self.archs and cuda.obstacle(self.images, (0, 0)) is not None:
+            return False
         if self.triple.split("-")[0] != machine():
             return False
         return all(has_feature(feature, cpu_flags()) for feature in self.features)
 
+    @property
+    def device(self) -> int | None:
+        """Of a CUDA target the first device here that runs it; None for a CPU's, or without one."""
+        for each in cuda.state().devices if self.archs else ():
+            if cuda.image_for(each.capability, self.images):
+                return each.index
+        return None
+
     def to_tvm(self) -> Any:
-        """The target as TVM takes it."""
-        config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
+        """The target as TVM takes it, of a CUDA target with its host."""
+        if self.archs:
+            device = tvm.target.Target({"kind": "cuda", "arch": self.archs[0]})
+            return device.with_host(tvm.target.Target(_host_config(self.triple, self.mcpu)))
+        config = _host_config(self.triple, self.mcpu)
         if self.disabled:
             config["mattr"] = [f"-{feature}" for feature in self.disabled]
         return tvm.target.Target(config)
@@ -78,17 +101,24 @@ _NAMED = {
     "aarch64": ("64-bit Arm with NEON; a library where a cross linker is found, else an object",
                 _ARM_TRIPLE, "generic"),
 }  # fmt: skip
+_CUDA = {
+    "cuda": ("NVIDIA GPUs from Ampere on: sm_80, sm_90, and PTX for later ones",
+             ("sm_80", "sm_90")),
+    "sm_80": ("NVIDIA A100 and others of its generation; PTX for later ones", ("sm_80",)),
+    "sm_90": ("NVIDIA H100, H200; PTX for later ones", ("sm_90",)),
+    "sm_100": ("NVIDIA B100, B200; PTX for later ones", ("sm_100",)),
+}  # fmt: skip
 _GROUPS = {"x86-64-levels": tuple(LEVELS["x86_64"])}
 
 
 def targets() -> list[Target]:
     """Every named target, this machine's first."""
-    return [resolve(name) for name in _NAMED]
+    return [resolve(name) for name in (*_NAMED, *_CUDA)]
 
 
 def known_targets() -> list[str]:
     """The names `build` takes, beside the name of any CPU that LLVM knows."""
-    return list(_NAMED)
+    return [*_NAMED, *_CUDA]
 
 
 def target_groups() -> dict[str, tuple[str, ...]]:
@@ -99,7 +129,8 @@ def target_groups() -> dict[str, tuple[str, ...]]:
 def resolve_all(names: str | Sequence[str]) -> tuple[Target, ...]:
     """The targets of one name or of several, a group's name taken for all of its targets.
 
-    A target that is named twice comes once. Raises TargetError as `resolve` does, and for none.
+    A target that is named twice comes once. Raises TargetError as `resolve` does, for none, and
+    for CPUs and CUDA devices together: an artifact takes the arrays of one of the two.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         names = (names,)
@@ -107,6 +138,11 @@ def resolve_all(names: str | Sequence[str]) -> tuple[Target, ...]:
     if not found:
         raise TargetError(
             f"target: expected at least one name, got none. Known targets: {_known()}."
+        )
+    if len({target.kind for target in found}) > 1:
+        raise TargetError(
+            f"targets {', '.join(target.name for target in found)}: expected CPUs or CUDA devices, "
+            "got both, and an artifact takes arrays of one of the two. Build one artifact for each."
         )
     return tuple({target.name: target for target in found}.values())
 
@@ -116,7 +152,7 @@ def _expanded(name: object) -> tuple[Any, ...]:
 
 
 def _known() -> str:
-    return ", ".join((*_NAMED, *_GROUPS))
+    return ", ".join((*_NAMED, *_CUDA, *_GROUPS))
 
 
 def resolve(name: str) -> Target:
@@ -134,6 +170,10 @@ def resolve(name: str) -> Target:
         if triple is None or mcpu is None:
             return _host(name, description)
         return _described(name, description, triple, mcpu)
+    if name in _CUDA:
+        text, archs = _CUDA[name]
+        triple, mcpu = _BASELINE[machine()]
+        return Target(name, text, triple, mcpu, archs=archs)
     for triple in (_X86_TRIPLE, _ARM_TRIPLE):
         if name in _cpus(triple):
             if triple == _X86_TRIPLE and "64bit" not in _enabled(triple, name):
@@ -142,13 +182,17 @@ def resolve(name: str) -> Target:
                     f"{_known()}; or a 64-bit CPU that LLVM names."
                 )
             return _described(name, f"LLVM's CPU {name}", triple, name)
-    every = [*_NAMED, *_GROUPS, *_cpus(_X86_TRIPLE), *_cpus(_ARM_TRIPLE)]
+    every = [*_NAMED, *_CUDA, *_GROUPS, *_cpus(_X86_TRIPLE), *_cpus(_ARM_TRIPLE)]
     close = difflib.get_close_matches(name, every, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise TargetError(
         f"unknown target {name!r}.{hint} Known targets: {_known()}; or a CPU that LLVM "
         f"names, such as znver4 or neoverse-n1."
     )
+
+
+def _host_config(triple: str, mcpu: str) -> dict[str, Any]:
+    return {"kind": "llvm", "mtriple": triple, "mcpu": mcpu}
 
 
 def _described(name: str, description: str, triple: str, mcpu: str) -> Target:

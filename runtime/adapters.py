@@ -27,6 +27,7 @@ class View:
     writable: bool
     address: int
     nbytes: int
+    device: int = 0  # of an array on a CUDA device, its number
 
 
 class Adapter(Protocol):

@@ -162,6 +162,8 @@ def _library(folder: Folder, entry: Any, status: str) -> Library:
         self_test=fields.field(file, entry, "self_test", str) if "self_test" in entry else status,
         sha256=stored.sha256,
         content=_content(stored),
+        archs=fields.texts(file, target, "archs") if "archs" in target else (),
+        toolkit=(*fields.version(file, target, "cuda"), 0) if "cuda" in target else (0, 0),
     )
 
 

@@ -334,14 +334,14 @@ class Call:
         pairs = [
             (spec.name, array)
             for spec, array in zip(self.signature.inputs, arrays, strict=True)
-            if not _is_scalar(spec, array)
+            if not is_scalar(spec, array)
         ]
         pairs += [(f"out[{name!r}]", array) for name, array in given.items()]
         return adapter_for_call(self.signature.kind, pairs)
 
     def _input(self, adapter: Adapter, spec: TensorSpec, array: Any) -> View:
         where = f"{self.signature.kind}: {spec.name}"
-        if _is_scalar(spec, array):
+        if is_scalar(spec, array):
             array = adapter.scalar(float(array), spec.dtype)
         view = adapter.view(array, where)
         if view.dtype != spec.dtype:
@@ -393,7 +393,7 @@ def _index(signature: Signature, name: str) -> int:
     return names.index(name) if name in names else -1
 
 
-def _is_scalar(spec: TensorSpec, array: object) -> bool:
+def is_scalar(spec: TensorSpec, array: object) -> bool:
     """Whether this is a plain number where an array of rank 0 is expected."""
     numbers = (int, float, np.floating, np.integer)
     return spec.shape == () and isinstance(array, numbers) and not isinstance(array, bool)

@@ -90,6 +90,13 @@ def owned_tensor(shape: tuple[int, ...], dtype: str) -> Any:
     return tvm_ffi.from_dlpack(array)
 
 
+def tensor_of(array: AnyArray, dtype: str) -> Any:
+    """A new tvm_ffi.Tensor with these values; bfloat16 comes as its bits."""
+    tensor = owned_tensor(array.shape, dtype)
+    np.copyto(memory_view(tensor, dtype), array, casting="no")
+    return tensor
+
+
 def memory_view(tensor: Any, dtype: str) -> AnyArray:
     """A CPU tvm_ffi.Tensor's memory as a writable NumPy array; bfloat16 as its bits, uint16."""
     source = _Capsule(tensor.__dlpack__(), _UINT) if dtype == "bfloat16" else tensor

@@ -59,6 +59,12 @@ def view(array: Any, where: str) -> View:
                 f"{where} ({type(array).__name__}) cannot be exported through DLPack: {error}."
                 f" Convert it to a numpy array or a torch tensor."
             ) from None
+    # Other producers may share memory that must not be written, and cannot say so.
+    return view_of(tensor, writable=isinstance(array, tvm_ffi.Tensor))
+
+
+def view_of(tensor: Any, *, writable: bool) -> View:
+    """The view of a tvm_ffi.Tensor, on any device."""
     dtype = str(tensor.dtype)
     itemsize = max(tensor.dtype.itemsize, 1)
     defect = None
@@ -71,10 +77,10 @@ def view(array: Any, where: str) -> View:
         shape=tuple(tensor.shape),
         dtype=dtype,
         defect=defect,
-        # Other producers may share memory that must not be written, and cannot say so.
-        writable=isinstance(array, tvm_ffi.Tensor),
+        writable=writable,
         address=tensor.data_ptr(),
         nbytes=tensor.numel() * itemsize,
+        device=tensor.device.index,
     )
 
 

@@ -21,7 +21,7 @@ def answer(
     running_*.
     """
     for name, (array, added) in outputs.items():
-        if array.size == 0:
+        if 0 in array.shape:
             continue
         value: AnyArray | float = 0.0
         if name == "inv_std":

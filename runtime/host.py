@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import tvm_ffi
 
+from normgraph import cuda
 from normgraph.cpu import MACHINE_NAMES, cpu_flags, has_feature, machine
 
 # The versions of tvm_ffi a library was made for: the first, and the first that is too new.
 LoaderRange = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def obstacle(kind: str, triple: str, features: Collection[str]) -> str | None:
-    """Why a library for this target cannot run here, or None where it can."""
-    if kind not in ("llvm", "c"):
-        return f"it is for {kind} devices, and this loader runs CPU libraries"
+def obstacle(
+    kind: str,
+    triple: str,
+    features: Collection[str],
+    archs: Sequence[str] = (),
+    toolkit: tuple[int, ...] = (0, 0),
+) -> str | None:
+    """Why a library for this target cannot run here, or None where it can.
+
+    archs, toolkit: of a CUDA library, the images it holds and the CUDA version they are of.
+    """
+    if kind not in ("llvm", "c", "cuda"):
+        return f"it is for {kind} devices, and this loader runs CPU and CUDA libraries"
     architecture, _, system = triple.partition("-")
     architecture = MACHINE_NAMES.get(architecture, architecture)
     if architecture != machine():
@@ -27,7 +37,7 @@ def obstacle(kind: str, triple: str, features: Collection[str]) -> str | None:
     missing = [name for name in features if not has_feature(name.removeprefix("+"), flags)]
     if missing:
         return f"it needs the CPU features {', '.join(missing)}, which this host lacks"
-    return None
+    return cuda.obstacle(archs, (toolkit[0], toolkit[1])) if kind == "cuda" else None
 
 
 def loader_obstacle(needed: LoaderRange, installed: str = tvm_ffi.__version__) -> str | None:

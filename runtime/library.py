@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from normgraph.cpu import vector_bytes
+from normgraph.cuda import capability_of, image_for, state
 from normgraph.errors import ArtifactIncompatible, TargetError
 from normgraph.runtime import host
 
@@ -20,7 +21,8 @@ class Library:
     """One library of an artifact. target: its name; kind, triple and features are those of it.
 
     self_test: "passed", or another word where the build could not run it. content: the code, whose
-    sha256 is as stated.
+    sha256 is as stated. archs, toolkit: of a CUDA library, the images it holds and the CUDA version
+    they are of.
     """
 
     path: Path
@@ -31,17 +33,38 @@ class Library:
     self_test: str
     sha256: str = ""
     content: bytes = field(default=b"", repr=False)
+    archs: tuple[str, ...] = ()
+    toolkit: tuple[int, ...] = (0, 0)
 
     def obstacle(self) -> str | None:
         """Why this host cannot run it, or None where it can."""
-        found = host.obstacle(self.kind, self.triple, self.features)
+        found = host.obstacle(self.kind, self.triple, self.features, self.archs, self.toolkit)
         if found is None and self.path.suffix != ".so":
             return "it is an object file, still to be linked into a library"
         return found
 
     @property
+    def device(self) -> int | None:
+        """Of a CUDA library the first device that runs it best; None for a CPU library."""
+        if self.kind != "cuda":
+            return None
+        usable = [
+            (image.startswith("sm_"), -each.index)
+            for each in state().devices
+            if (image := image_for(each.capability, self.archs))
+        ]
+        return -max(usable)[1] if usable else 0
+
+    @property
     def rank(self) -> tuple[int, int]:
-        """Higher is better: first by the width of vectors, then by how much is used of the CPU."""
+        """Higher is better: first by the width of vectors, then by how much is used of the CPU.
+
+        Of CUDA libraries, first one with machine code for a device that is here.
+        """
+        if self.kind == "cuda":
+            images = [image_for(each.capability, self.archs) or "" for each in state().devices]
+            latest = max((capability_of(image) or (0, 0) for image in images), default=(0, 0))
+            return sum(image.startswith("sm_") for image in images), 10 * latest[0] + latest[1]
         return vector_bytes(self.features), len(self.features)
 
 

@@ -10,6 +10,7 @@ from normgraph.errors import ArtifactCorrupt, SpecError
 from normgraph.runtime import threads
 from normgraph.runtime.artifact import Artifact, open_artifact
 from normgraph.runtime.call import Call
+from normgraph.runtime.cuda_call import CudaCall
 from normgraph.runtime.loading import LoadedLibrary, load_library
 from normgraph.runtime.output_pool import pool
 from normgraph.runtime.selftest import SelfTestResult, run_self_test
@@ -154,7 +155,10 @@ def load(path: str | os.PathLike[str]) -> Operator:
                 f"{chosen.path}: expected a function {name!r} for {kind}, but there is none."
                 f" Build the artifact again."
             )
-        calls[kind] = Call(signature, artifact.spec, function)
+        if chosen.device is None:
+            calls[kind] = Call(signature, artifact.spec, function)
+        else:
+            calls[kind] = CudaCall(signature, artifact.spec, function, chosen.device)
     if chosen.self_test != "passed":
         run_self_test(artifact, calls)
     return Operator(artifact.without_content(), chosen.target, library, calls)

@@ -7,15 +7,15 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
-import tvm_ffi
 
 from normgraph.errors import AccuracyError, ArtifactCorrupt, ArtifactNotFound
-from normgraph.runtime import dlpack
+from normgraph.runtime import cuda_arrays, dlpack
 from normgraph.runtime.artifact import Artifact
 from normgraph.runtime.call import Call
+from normgraph.runtime.cuda_call import CudaCall
 from normgraph.runtime.dlpack import AnyArray
 from normgraph.runtime.manifest import SelfTestCase
 
@@ -79,17 +79,21 @@ def _run(
     case: SelfTestCase,
     vectors: Mapping[str, AnyArray],
 ) -> list[SelfTestResult]:
+    make, read = dlpack.tensor_of, dlpack.memory_view
+    if isinstance(call, CudaCall):
+        make = partial(cuda_arrays.tensor_of, device=call.test_device)
+        read = cuda_arrays.memory_view
     signature, prefix, tolerance = call.signature, case.prefix, case.tolerance
     inputs = []
     for spec in signature.inputs:
         stored = vectors[f"{prefix}.in.{spec.name}"]
         whole = np.resize(stored, case.shapes.get(spec.name, stored.shape))
-        inputs.append(_tensor(whole, spec.dtype))
+        inputs.append(make(whole, spec.dtype))
     outputs = call.kernel(inputs)
     results = []
     for spec, output in zip(signature.outputs, outputs, strict=True):
         want = vectors[f"{prefix}.out.{spec.name}"]
-        got = _float64(output, spec.dtype)
+        got = _float64(read(output, spec.dtype), spec.dtype)
         # Of a large output, samples at these flat indices are stored.
         if f"{prefix}.at.{spec.name}" in vectors:
             got = got.ravel()[vectors[f"{prefix}.at.{spec.name}"]]
@@ -112,15 +116,7 @@ def _run(
     return results
 
 
-def _tensor(array: AnyArray, dtype: str) -> Any:
-    """A stored input as the kernel takes it; bfloat16 is stored as its bits."""
-    tensor = dlpack.owned_tensor(array.shape, dtype)
-    np.copyto(dlpack.memory_view(tensor, dtype), array, casting="no")
-    return tensor
-
-
-def _float64(tensor: tvm_ffi.Tensor, dtype: str) -> AnyArray:
-    array = dlpack.memory_view(tensor, dtype)
+def _float64(array: AnyArray, dtype: str) -> AnyArray:
     if dtype == "bfloat16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)

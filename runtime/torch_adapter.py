@@ -20,19 +20,19 @@ forward_ad: Any = sys.modules["torch.autograd.forward_ad"]
 noun = "torch tensor"
 notes_writes = True
 
-_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 # NumPy has no bfloat16, and what is not written yet may be of any type.
 _STORED = {
-    dtype: np.dtype("int16" if name == "bfloat16" else name) for name, dtype in _DTYPES.items()
+    dtype: np.dtype("int16" if name == "bfloat16" else name) for name, dtype in DTYPES.items()
 }
 
 
 def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(_DTYPES[name] for name in names)
+    return tuple(DTYPES[name] for name in names)
 
 
 def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
-    if len(arrays) != len(dtypes) or _recording():
+    if len(arrays) != len(dtypes) or recording():
         return None
     try:
         for tensor, dtype in zip(arrays, dtypes):  # noqa: B905  # the lengths were compared above
@@ -45,7 +45,7 @@ def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ..
                 or tensor.is_nested
                 or tensor.is_neg()
                 or not tensor.is_contiguous()
-                or not _aligned(tensor)
+                or not aligned(tensor)
             ):
                 return None
     except RuntimeError:  # tensors without memory, inside of function transforms
@@ -53,13 +53,13 @@ def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ..
     return tuple([tensor.shape for tensor in arrays]), False
 
 
-def _aligned(tensor: Any) -> bool:
+def aligned(tensor: Any) -> bool:
     """Whether the tensor has memory, at a multiple of its element size."""
     address: int = tensor.data_ptr()
     return address != 0 and address % tensor.itemsize == 0
 
 
-def _recording() -> bool:
+def recording() -> bool:
     """Whether torch is following operations that a kernel call would be missing from."""
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return (
@@ -69,7 +69,8 @@ def _recording() -> bool:
     )
 
 
-def _check_recorded(tensor: Any, where: str) -> None:
+def check_recorded(tensor: Any, where: str) -> None:
+    """Raise for a tensor that torch is recording."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ArgumentError(
             f"{where} has a forward-mode tangent, and a kernel call passes none on. Pass the primal"
@@ -121,23 +122,33 @@ def has_zero(array: Any) -> bool:
 
 
 def view(array: Any, where: str) -> View:
+    check_dense(array, where)
+    if array.device.type != "cpu":
+        raise ArgumentError(
+            f"{where} must be on the CPU, but it is on {array.device}. Move it with .cpu(), or"
+            f" build an artifact for that device."
+        )
+    return inspect(array, where)
+
+
+def check_dense(array: Any, where: str) -> None:
+    """Raise for a tensor that is not one block of elements."""
     if array.layout is not torch.strided or array.is_nested:
         came = "nested" if array.is_nested else f"of layout {array.layout}"
         raise ArgumentTypeError(
             f"{where} must be a dense tensor, but it is {came}. Convert it with to_dense() or"
             f" to_padded_tensor()."
         )
-    if array.device.type != "cpu":
-        raise ArgumentError(
-            f"{where} must be on the CPU, but it is on {array.device}. Move it with .cpu(), or"
-            f" build an artifact for that device."
-        )
+
+
+def inspect(array: Any, where: str) -> View:
+    """The view of a dense tensor on the right device; raises for what no kernel can take."""
     if array.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(
             f"{where} requires grad, and a kernel call is not recorded by autograd. Pass"
             f" tensor.detach(), or call inside torch.no_grad()."
         )
-    _check_recorded(array, where)
+    check_recorded(array, where)
     tensor = array.detach() if array.requires_grad else array
     try:
         address = tensor.data_ptr()
@@ -166,6 +177,7 @@ def view(array: Any, where: str) -> View:
         writable=True,
         address=address,
         nbytes=tensor.nbytes,
+        device=tensor.device.index or 0,
     )
 
 
@@ -181,12 +193,12 @@ def kernel_argument(view_: View) -> Any:
 
 
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
-    tensor = _empty(shape, _DTYPES[dtype])
+    tensor = _empty(shape, DTYPES[dtype])
     return View(tensor, shape, dtype, None, True, 0, tensor.nbytes)
 
 
 def scalar(value: float, dtype: str) -> Any:
-    return torch.tensor(value, dtype=_DTYPES[dtype], device="cpu")
+    return torch.tensor(value, dtype=DTYPES[dtype], device="cpu")
 
 
 def memory(view_: View) -> AnyArray:

@@ -1,4 +1,7 @@
-"""The catalogue: every operator in float32 and float16, all kinds, for one target or several."""
+"""The catalogue: every operator, all kinds, for one target or several.
+
+In float32 and float16; for CUDA in bfloat16 too.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from normgraph.scripts.console import Progress, log
 from normgraph.spec import NormSpec
 
 DTYPES = ("float32", "float16")
+CUDA_DTYPES = (*DTYPES, "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def build_catalogue(
         (entry, dtype)
         for entry in ENTRIES
         if not operators or entry.spec.op in operators
-        for dtype in DTYPES
+        for dtype in (CUDA_DTYPES if compiler.resolve_all(target)[0].kind == "cuda" else DTYPES)
     ]
     paths = []
     for number, (entry, dtype) in enumerate(jobs, 1):

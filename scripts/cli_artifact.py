@@ -148,7 +148,13 @@ def _library(library: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ..
     from normgraph.runtime.host import obstacle
 
     target = library["target"]
-    blocked = obstacle(target["kind"], target["triple"], target["features"])
+    blocked = obstacle(
+        target["kind"],
+        target["triple"],
+        target["features"],
+        target.get("archs", ()),
+        tuple(int(part) for part in f"{target.get('cuda', '0')}.0".split(".")),
+    )
     runs = "no" if blocked else "yes" if library["file"].endswith(".so") else "not linked"
     return (
         target["name"],

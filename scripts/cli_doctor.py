@@ -20,11 +20,12 @@ _PACKAGES = {
     "compile": ("onnx", "apache-tvm", "ml_dtypes"),
     "verify": ("onnx", "onnxruntime", "ml_dtypes"),
     "torch": ("torch",),
-    "cuda": ("cuda-bindings", "nvidia-cuda-nvrtc"),
+    "cuda": ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-cccl"),
     "plot": ("matplotlib", "pillow"),
 }
 _TOOLS = {
     "C compiler": ("compiling", (os.environ.get("CC") or "cc", "gcc", "clang")),
+    "nvcc": ("compiling for CUDA, where the extra cuda is not installed", ("nvcc",)),
     "aarch64 linker": ("linking for aarch64 on another machine", ("aarch64-linux-gnu-gcc",)),
 }
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "asimd", "asimdhp", "sve")
@@ -43,7 +44,7 @@ class Finding:
 
 def doctor(options: argparse.Namespace) -> int:
     """Print what was found. Missing optional things are no failure."""
-    found = [*_host(), *_tools(), *_packages()]
+    found = [*_host(), *_cuda(), *_tools(), *_packages()]
     if options.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
         return 0
@@ -68,6 +69,23 @@ def _host() -> list[Finding]:
         Finding("host", "targets", ", ".join(levels()) or "none of those with a name"),
         Finding(
             "host", VARIABLE, os.environ.get(VARIABLE) or "not set: the best library is loaded"
+        ),
+    ]
+
+
+def _cuda() -> list[Finding]:
+    """The driver and its devices; that there are none is nothing to be mended."""
+    from normgraph.cuda import state
+
+    here = state()
+    if here.problem:
+        return [Finding("cuda", "driver", here.problem)]
+    major, minor = here.version
+    return [
+        Finding("cuda", "driver", f"supports CUDA {major}.{minor}"),
+        *(
+            Finding("cuda", f"device {each.index}", f"{each.name}, {each.arch}")
+            for each in here.devices
         ),
     ]
 

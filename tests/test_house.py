@@ -257,7 +257,7 @@ def test_the_changelog_has_the_version(repository: Path) -> None:
 
 
 def test_the_lock_names_no_registry_and_holds_hashes(repository: Path) -> None:
-    for name in ("demo.txt", "dev.txt", "torch.txt"):
+    for name in ("cuda.txt", "demo.txt", "dev.txt", "torch.txt"):
         text = (repository / "requirements" / name).read_text()
         assert "://" not in text
         for line in text.splitlines():

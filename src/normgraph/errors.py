@@ -59,6 +59,12 @@ class HostError(NormGraphError, ImportError):
     exit_code = 4
 
 
+class DeviceError(NormGraphError, RuntimeError):
+    """A CUDA device or its driver that refuses a call, or cannot run the artifact's code."""
+
+    exit_code = 4
+
+
 class CompileError(NormGraphError, RuntimeError):
     """A graph that could not be compiled, or a kernel that failed its self-test."""
 

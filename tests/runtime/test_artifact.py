@@ -136,7 +136,7 @@ def _set(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("libraries", to=[]), ArtifactIncompatible, "it has none"),
         (_set("libraries", 0, "sha256", to="00"), ArtifactCorrupt, "sha256 differs"),
         (_set("libraries", 0, "target", to="cpu"), ArtifactCorrupt, "'target'"),
-        (_set("libraries", 0, "target", "kind", to="cuda"), ArtifactIncompatible, "cuda devices"),
+        (_set("libraries", 0, "target", "kind", to="metal"), ArtifactIncompatible, "metal devices"),
         (
             _set("libraries", 0, "target", "features", to=["amx-magic"]),
             ArtifactIncompatible,

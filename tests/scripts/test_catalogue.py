@@ -78,3 +78,17 @@ def test_an_operator_that_does_not_exist_is_refused(
         catalogue.main()
     assert stop.value.code == 2
     assert "sum_norm" in capsys.readouterr().err
+
+
+def test_for_cuda_it_has_bfloat16_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, object]] = []
+
+    def build(graphs: str, target: object, out: Path) -> Path:
+        asked.append((out.name, target))
+        return out
+
+    monkeypatch.setattr(ng.compile, "build", build)
+    catalogue.build_catalogue(tmp_path, ("sm_80", "sm_90"), operators=("rms_norm",))
+    assert asked == [
+        (f"rms_norm-{dtype}", ("sm_80", "sm_90")) for dtype in ("float32", "float16", "bfloat16")
+    ]

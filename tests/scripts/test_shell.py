@@ -14,6 +14,7 @@ SCRIPTS = (
     ".ci/run",
     "scripts/build-wheel",
     "scripts/compile-cpu",
+    "scripts/compile-cuda",
     "scripts/demo",
     "scripts/lint",
     "scripts/lock",

@@ -1,0 +1,242 @@
+/* A CUDA driver of the functions that the package uses, without a device.
+ *
+ * Device memory is host memory. Every call is noted as a line of text that the tests read. A launch
+ * runs the kernel where a library of kernels compiled for the host was given.
+ */
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST_DEVICES = 8, LOG_BYTES = 1 << 20, OK = 0, INVALID = 1, NO_DEVICE = 100, NO_IMAGE = 209 };
+
+static struct {
+  int version, devices, capability[MOST_DEVICES], failure;
+  char failing[64];
+  char log[LOG_BYTES];
+  size_t used;
+  void* kernels;
+  int live;
+} fake = {13000, 1, {90, 90, 90, 90, 90, 90, 90, 90}, 0, "", "", 0, NULL, 0};
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static __thread void* stack[16];
+static __thread int depth = 0;
+static __thread int capture_mode = 0;
+
+static void note(const char* format, ...) {
+  va_list args;
+  pthread_mutex_lock(&lock);
+  va_start(args, format);
+  if (fake.used < LOG_BYTES - 512) {
+    fake.used += (size_t)vsnprintf(fake.log + fake.used, 512, format, args);
+    fake.log[fake.used++] = '\n';
+    fake.log[fake.used] = 0;
+  }
+  va_end(args);
+  pthread_mutex_unlock(&lock);
+}
+
+#define CHECK(name)                                              \
+  do {                                                           \
+    if (strcmp(fake.failing, name) == 0) return fake.failure;    \
+  } while (0)
+
+/* For the tests. */
+
+void fake_reset(void) {
+  fake.version = 13000;
+  fake.devices = 1;
+  for (int i = 0; i < MOST_DEVICES; ++i) fake.capability[i] = 90;
+  fake.failing[0] = 0;
+  fake.used = 0;
+  fake.log[0] = 0;
+  fake.kernels = NULL;
+}
+void fake_version(int version) { fake.version = version; }
+void fake_devices(int count) { fake.devices = count; }
+void fake_capability(int device, int capability) { fake.capability[device] = capability; }
+void fake_fail(const char* name, int status) {
+  snprintf(fake.failing, sizeof fake.failing, "%s", name);
+  fake.failure = status;
+}
+int fake_kernels(const char* path) {
+  fake.kernels = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  return fake.kernels != NULL;
+}
+const char* fake_log(void) { return fake.log; }
+void fake_clear_log(void) { fake.used = 0, fake.log[0] = 0; }
+int fake_live(void) { return fake.live; }
+
+/* Contexts. The primary context of device n is the address 0x1000 + n. */
+
+static int device_of(void* context) { return (int)((uintptr_t)context - 0x1000); }
+static void* here(void) { return depth ? stack[depth - 1] : NULL; }
+
+int cuInit(unsigned flags) {
+  (void)flags;
+  CHECK("cuInit");
+  note("init");
+  return OK;
+}
+int cuDriverGetVersion(int* version) { return *version = fake.version, OK; }
+int cuDeviceGetCount(int* count) {
+  CHECK("cuDeviceGetCount");
+  *count = fake.devices;
+  return fake.devices ? OK : NO_DEVICE;
+}
+int cuDeviceGet(int* device, int ordinal) {
+  if (ordinal >= fake.devices) return 101;
+  return *device = ordinal, OK;
+}
+int cuDeviceGetName(char* name, int size, int device) {
+  snprintf(name, (size_t)size, "Fake %d", device);
+  return OK;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  int capability = fake.capability[device];
+  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 1;
+  return OK;
+}
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  CHECK("cuDevicePrimaryCtxRetain");
+  *context = (void*)(uintptr_t)(0x1000 + device);
+  return OK;
+}
+int cuCtxGetCurrent(void** context) { return *context = here(), OK; }
+int cuCtxPushCurrent_v2(void* context) {
+  CHECK("cuCtxPushCurrent_v2");
+  stack[depth++] = context;
+  note("push %d", device_of(context));
+  return OK;
+}
+int cuCtxPopCurrent_v2(void** context) {
+  if (!depth) return 201;
+  *context = stack[--depth];
+  note("pop %d", device_of(*context));
+  return OK;
+}
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return OK;
+}
+
+/* Modules. A module is its image; a function is the name in it. */
+
+int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options,
+                       void** values) {
+  (void)count, (void)options;
+  if (strcmp(fake.failing, "cuModuleLoadDataEx") == 0) {
+    snprintf((char*)values[0], (size_t)(uintptr_t)values[1], "ptxas fatal: fake");
+    return fake.failure;
+  }
+  *module = (void*)image;
+  note("load %d mode %d: %.40s", device_of(here()), capture_mode, (const char*)image);
+  return here() ? OK : 201;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  (void)module;
+  CHECK("cuModuleGetFunction");
+  *function = strdup(name);
+  note("function %d %s", device_of(here()), name);
+  return OK;
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  CHECK("cuFuncSetAttribute");
+  note("attribute %s %d=%d", (char*)function, attribute, value);
+  return OK;
+}
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void* stream, void** args, void** extra) {
+  typedef void kernel(void**, const unsigned*, unsigned);
+  const unsigned sizes[6] = {gx, gy, gz, bx, by, bz};
+  (void)extra;
+  CHECK("cuLaunchKernel");
+  note("launch %d %s grid %u %u %u block %u %u %u shared %u stream %p", device_of(here()),
+       (char*)function, gx, gy, gz, bx, by, bz, shared, stream);
+  if (!here()) return 201;
+  if (fake.kernels) {
+    char name[256];
+    kernel* run;
+    snprintf(name, sizeof name, "run_%s", (char*)function);
+    *(void**)&run = dlsym(fake.kernels, name);
+    if (!run) return 500;
+    run(args, sizes, shared);
+  }
+  return OK;
+}
+
+/* Memory. */
+
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+  void* made;
+  CHECK("cuMemAlloc_v2");
+  if (!bytes || !here() || posix_memalign(&made, 256, bytes)) return INVALID;
+  memset(made, 0xff, bytes); /* NaN in every type */
+  __atomic_add_fetch(&fake.live, 1, __ATOMIC_RELAXED);
+  *address = (uint64_t)(uintptr_t)made;
+  note("alloc %d %zu", device_of(here()), bytes);
+  return OK;
+}
+int cuMemFree_v2(uint64_t address) {
+  note("free %d", device_of(here()));
+  __atomic_sub_fetch(&fake.live, 1, __ATOMIC_RELAXED);
+  free((void*)(uintptr_t)address);
+  return here() ? OK : 201;
+}
+int cuMemcpyHtoD_v2(uint64_t target, const void* source, size_t bytes) {
+  memcpy((void*)(uintptr_t)target, source, bytes);
+  return here() ? OK : 201;
+}
+int cuMemcpyDtoH_v2(void* target, uint64_t source, size_t bytes) {
+  memcpy(target, (void*)(uintptr_t)source, bytes);
+  return here() ? OK : 201;
+}
+int cuMemPoolCreate(void** pool, const void* properties) {
+  const int* words = properties;
+  CHECK("cuMemPoolCreate");
+  note("pool type %d location %d %d mode %d", words[0], words[2], words[3], capture_mode);
+  *pool = (void*)(uintptr_t)(0x2000 + words[3]);
+  return OK;
+}
+int cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
+  note("pool %d keeps %d=%llu", (int)((uintptr_t)pool - 0x2000), attribute,
+       *(unsigned long long*)value);
+  return OK;
+}
+int cuMemAllocFromPoolAsync(uint64_t* address, size_t bytes, void* pool, void* stream) {
+  void* made;
+  CHECK("cuMemAllocFromPoolAsync");
+  if (!bytes || posix_memalign(&made, 256, bytes)) return INVALID;
+  memset(made, 0xff, bytes);
+  __atomic_add_fetch(&fake.live, 1, __ATOMIC_RELAXED);
+  *address = (uint64_t)(uintptr_t)made;
+  note("workspace %d %zu stream %p", (int)((uintptr_t)pool - 0x2000), bytes, stream);
+  return OK;
+}
+int cuMemFreeAsync(uint64_t address, void* stream) {
+  note("release stream %p", stream);
+  __atomic_sub_fetch(&fake.live, 1, __ATOMIC_RELAXED);
+  free((void*)(uintptr_t)address);
+  return OK;
+}
+
+/* Errors. */
+
+int cuGetErrorName(int status, const char** name) {
+  *name = status == 3     ? "CUDA_ERROR_NOT_INITIALIZED"
+          : status == 100 ? "CUDA_ERROR_NO_DEVICE"
+          : status == NO_IMAGE ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
+          : status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+                          : "CUDA_ERROR_FAKE";
+  return OK;
+}
+int cuGetErrorString(int status, const char** text) {
+  (void)status;
+  *text = "a fake failure";
+  return OK;
+}
