@@ -15,6 +15,7 @@ SCRIPTS = (
     "scripts/build-wheel",
     "scripts/compile-cpu",
     "scripts/compile-cuda",
+    "scripts/gpu_check",
     "scripts/demo",
     "scripts/lint",
     "scripts/lock",
