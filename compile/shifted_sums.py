@@ -45,22 +45,29 @@ _VECTOR = 16
 
 def apply(plan: SlicePlan) -> None:
     """Rewrite the passes of `plan` where they take a mean and then centre on it."""
-    for k in range(1, len(plan.passes) - 1):
-        found = _match(plan, k)
-        if found is not None:
-            _rewrite(plan, k, found)
-            return
+    found = match(plan)
+    if found is not None:
+        _rewrite(plan, found.index, found)
 
 
 @dataclass
-class _Match:
+class Match:
+    """The steps of pass `index` and of the next that take a mean and centre on it."""
+
+    index: int
     total: Step  # sum(x)
     mean: Step  # sum(x) / m
     centred: Step  # sum(x - mean)
     squares: Step  # sum((x - mean)^2)
 
 
-def _match(plan: SlicePlan, k: int) -> _Match | None:
+def match(plan: SlicePlan) -> Match | None:
+    """Where a plan takes a mean and then centres on it, or None."""
+    found = (_match(plan, k) for k in range(1, len(plan.passes) - 1))
+    return next((each for each in found if each is not None), None)
+
+
+def _match(plan: SlicePlan, k: int) -> Match | None:
     first, second = plan.passes[k], plan.passes[k + 1]
     if len(first.wide) != 1 or not first.wide[0].is_sum or len(second.wide) != 2:
         return None
@@ -78,10 +85,10 @@ def _match(plan: SlicePlan, k: int) -> _Match | None:
     squares = [s for s in second.wide if s.is_sum and _is_square(s.value, total, mean)]
     if len(centred) != 1 or len(squares) != 1:
         return None
-    return _Match(total, mean, centred[0], squares[0])
+    return Match(k, total, mean, centred[0], squares[0])
 
 
-def _rewrite(plan: SlicePlan, k: int, found: _Match) -> None:
+def _rewrite(plan: SlicePlan, k: int, found: Match) -> None:
     first, second = plan.passes[k], plan.passes[k + 1]
     x, dtype = found.total.value, found.total.op.out.dtype
     m = found.mean.value.args[1]  # type: ignore[union-attr]
