@@ -1,0 +1,215 @@
+"""The CUDA schedule rule for normalization. (docstring below)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tvm import tirx
+
+from normgraph.compile import coefficients, shifted_sums
+from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.cuda_columns import ColumnSlices, ColumnSums
+from normgraph.compile.cuda_finish import finish
+from normgraph.compile.cuda_frame import CudaFrame, Room
+from normgraph.compile.cuda_geometry import Geometry, Mapping, geometry, mapping
+from normgraph.compile.cuda_held import HeldSlices
+from normgraph.compile.cuda_kernel import VECTOR_BYTES
+from normgraph.compile.cuda_split import SplitSlices
+from normgraph.compile.kernel_frame import item_size
+from normgraph.compile.slice_plan import SlicePlan, plan
+from normgraph.compile.targets import Target
+from normgraph.compile.tensor_program import Tensor, loads, read
+from normgraph.compile.tir import Expr, Stmt, constant, i64, seq, times, when
+
+NAME = "cuda-slices"
+
+# Registers of a thread that may hold its elements, by the threads of its block; and vectors at
+# most.
+_BUDGETS = ((128, 96, 4), (256, 96, 4), (512, 72, 4), (1024, 34, 8))
+_SINGLES = ((256, 96, 8), (1024, 34, 16))
+_WARP_THREADS = 256
+# Blocks that go through many slices: a few for each multiprocessor of the largest device.
+_BLOCKS = 528
+
+
+def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
+    """The scheduled function, or None where the pattern is not this rule's own.
+
+    func: the fused PrimFunc of a graph. outputs: their names, for messages.
+    The result takes the function's tensors and then the requests as one int64.
+    """
+    del target
+    try:
+        slice_plan = plan(read(func))
+        found = shifted_sums.match(slice_plan)
+        if found is not None:
+            found = replace(found)
+        coefficients.settle(slice_plan)
+        return _Emitter(slice_plan, outputs, found).emit()
+    except NotCanonical:
+        return None
+
+
+class _Emitter:
+    def __init__(
+        self, slice_plan: SlicePlan, outputs: Sequence[str], found: shifted_sums.Match | None
+    ) -> None:
+        self.plan = slice_plan
+        self.program = slice_plan.program
+        self.found = found
+        self.frame = CudaFrame(slice_plan, outputs)
+        every = frozenset(slice_plan.wide_axes)
+        self.inputs = [t for t in self.program.inputs if t.axes == every]
+        self.outputs = [t for t in self.program.outputs if t.axes == every]
+        if not self.inputs:
+            raise NotCanonical("no input has all elements")
+        sizes = {item_size(t.dtype) for t in (*self.inputs, *self.outputs)}
+        self.widest = VECTOR_BYTES // max(sizes)
+        self.narrowest = VECTOR_BYTES // min(sizes)
+
+    def emit(self) -> Any:
+        opening = self.frame.open()
+        across = bool(self.plan.lead_axes) and not self.plan.inner_axes
+        body = self._columns() if across else self._slices(opening)
+        return self.frame.close(seq([*opening, body]))
+
+    # Slices that are columns.
+
+    def _columns(self) -> Stmt:
+        length = self._columns_of()
+        return self._first_that_fits(
+            [(self._is_aligned(v, length), self._column_work(v)) for v in self._widths(length)]
+        )
+
+    def _column_work(self, width: int) -> Stmt:
+        self.frame.start_workspace()
+        work = ColumnSlices(self.frame, width, self.found)
+        self.frame.keep_stored(work.stored())
+        host: list[Stmt] = []
+        work.prepare(host)
+        body = work.emit()
+        return seq([*host, *self.frame.allocation(), body])
+
+    def _columns_of(self) -> Expr:
+        size: Expr = i64(1)
+        for axis in self.plan.slice_axes:
+            size = times(size, self.program.extents[axis])
+        return size
+
+    # Slices of contiguous rows.
+
+    def _slices(self, opening: list[Stmt]) -> Stmt:
+        where = geometry(self.plan, opening)
+        choices: list[tuple[Expr | None, Stmt]] = []
+        for width in self._widths(where.length):
+            if any(s.is_sum for p in self.plan.passes for s in p.wide):
+                choices += self._held(where, width)
+        if not choices or choices[-1][0] is not None:
+            for width in self._widths(where.length):
+                aligned = self._is_aligned(width, where.length)
+                choices.append((aligned, self._split(where, width)))
+        return self._first_that_fits(choices)
+
+    def _stored(self) -> list[Tensor]:
+        """Tensors that kernels after the last traversal read."""
+        stored = list(self.plan.stored)
+        for step in self.plan.column_sums:
+            stored += [t for t in loads(step.value) if t in self.plan.per_slice]
+        return list(dict.fromkeys(stored))
+
+    def _widths(self, length: Expr) -> list[int]:
+        """Vector widths worth a kernel: the widest that a known length allows, and single."""
+        known = constant(length)
+        width = self.widest
+        if known is not None:
+            while known % width:
+                width //= 2
+            return [width, 1] if width > 1 else [1]
+        return [width, 1] if width > 1 else [1]
+
+    def _is_aligned(self, width: int, length: Expr) -> Expr | None:
+        """Whether all rows begin at a multiple of `width` elements; None for certain."""
+        if width == 1:
+            return None
+        aligned = self.frame.aligned([*self.inputs, *self.outputs])
+        assert aligned is not None
+        if constant(length) is not None:
+            return aligned
+        whole = tirx.EQ(tirx.BitwiseAnd(length, i64(width - 1)), i64(0))
+        return tirx.And(whole, aligned)
+
+    def _first_that_fits(self, choices: list[tuple[Expr | None, Stmt]]) -> Stmt:
+        *others, last = choices
+        body = when(last[0], last[1])
+        for condition, work in reversed(others):
+            body = work if condition is None else tirx.IfThenElse(condition, work, body)
+        return body
+
+    def _words(self) -> float:
+        """Registers a thread needs for one element of a slice."""
+        words = sum(item_size(t.dtype) for t in self.inputs) / 4
+        return words + sum(item_size(s.op.out.dtype) for s in self.plan.column_sums) / 4
+
+    def _column_rooms(self, where: Geometry) -> dict[Tensor, Room]:
+        rooms = {}
+        for step in self.plan.column_sums:
+            slices = frozenset(self.plan.slice_axes)
+            if step.op.out.axes & slices or where.row_axes:
+                raise NotCanonical("sums across slices of several rows")
+            size = times(i64(_BLOCKS), where.length)
+            rooms[step.op.out] = self.frame.room("block_parts", size)
+        return rooms
+
+    def _held(self, where: Geometry, width: int) -> list[tuple[Expr | None, Stmt]]:
+        """Kernels that hold a slice, the smallest first."""
+        made: list[tuple[Expr | None, Stmt]] = []
+        rows = where.rows if where.row_axes else None
+        shapes = _BUDGETS if width > 1 else _SINGLES
+        warp = min(shapes[0][2], 4 if width > 1 else 8)
+        tried = [(_WARP_THREADS, warp, True)]
+        for threads, budget, most in shapes:
+            count = min(int(budget / (width * self._words())), most)
+            if count:
+                tried.append((threads, 1 << (count.bit_length() - 1), False))
+        aligned = self._is_aligned(width, where.length)
+        for threads, count, warps in tried:
+            found, fits = mapping(
+                rows, where.length, vector=width, registers=count, threads=threads, warps=warps
+            )
+            known = constant(fits)
+            if known == 0:
+                continue
+            condition = fits if known is None else None
+            if aligned is not None:
+                condition = aligned if condition is None else tirx.And(aligned, condition)
+            made.append((condition, self._held_work(where, found)))
+            if known:
+                break
+        return made
+
+    def _held_work(self, where: Geometry, found: Mapping) -> Stmt:
+        self.frame.start_workspace()
+        self.frame.keep_stored(self.plan.stored)
+        rooms = self._column_rooms(where)
+        host: list[Stmt] = []
+        work = HeldSlices(self.frame, where, found, rooms, _BLOCKS)
+        launch = work.emit(host)
+        ends = finish(self.frame, {t: (r, work.blocks) for t, r in rooms.items()})
+        return seq([*host, *self.frame.allocation(), launch, ends])
+
+    def _split(self, where: Geometry, width: int) -> Stmt:
+        self.frame.start_workspace()
+        self.frame.keep_stored(self._stored())
+        before: list[Stmt] = []
+        work = SplitSlices(self.frame, where, width, self.found)
+        work.prepare(before)
+        partials: dict[Tensor, tuple[Room, Expr]] = {}
+        sums: Stmt | None = None
+        if self.plan.column_sums:
+            columns = ColumnSums(self.frame, where, width)
+            columns.prepare(before)
+            sums, partials = columns.emit(), columns.rooms
+        launches = [work.emit(), sums, finish(self.frame, partials)]
+        return seq([*before, *self.frame.allocation(), *launches])
