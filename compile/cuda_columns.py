@@ -39,6 +39,7 @@ from normgraph.compile.cuda_kernel import (
     i32,
     kernel,
     log2_ceil,
+    on_host,
     power,
     put,
     quotient,
@@ -47,12 +48,15 @@ from normgraph.compile.cuda_kernel import (
     sync,
     unrolled,
 )
+from normgraph.compile.cuda_kernel import (
+    index as named_index,
+)
 from normgraph.compile.cuda_settle import Settler
 from normgraph.compile.cuda_tile import Tile
 from normgraph.compile.shifted_sums import Match
 from normgraph.compile.slice_plan import SlicePlan, Step, distinct
 from normgraph.compile.tensor_program import Apply, Load, Operation, Tensor, loads
-from normgraph.compile.tir import Expr, Stmt, bind, i64, plus, product, seq, times, when
+from normgraph.compile.tir import Expr, Stmt, i64, plus, product, seq, times, when
 
 THREADS = 256
 _REGISTERS = 4
@@ -93,14 +97,14 @@ class Matrix:
         """How many blocks there are and what each does, computed on the host."""
         g = self.geometry
         vectors = ceildiv(g.length, i64(self.vector))
-        bits = bind("column_bits", log2_ceil(vectors, 5), stmts, "int32")
-        self.across = bind("across", ceildiv(vectors, power(bits)), stmts)
+        bits = on_host("column_bits", log2_ceil(vectors, 5), stmts, "int32")
+        self.across = on_host("across", ceildiv(vectors, power(bits)), stmts)
         wanted = tirx.Max(tirx.Div(i64(_BLOCKS), self.across), i64(1))
         rows = tirx.Max(ceildiv(g.rows, wanted), i64(_ROWS))
-        self.rows = bind("rows_each", rows, stmts)
-        self.ranges = bind("ranges", ceildiv(g.rows, self.rows), stmts)
-        self.blocks = bind("matrix_blocks", times(self.across, self.ranges), stmts)
-        down = bind("row_bits", i32(THREADS.bit_length() - 1) - bits, stmts, "int32")
+        self.rows = on_host("rows_each", rows, stmts)
+        self.ranges = on_host("ranges", ceildiv(g.rows, self.rows), stmts)
+        self.blocks = on_host("matrix_blocks", times(self.across, self.ranges), stmts)
+        down = on_host("row_bits", i32(THREADS.bit_length() - 1) - bits, stmts, "int32")
         self.mapping = Mapping(self.vector, _REGISTERS, THREADS, bits, down, i32(0), False)
 
     def launch(self, body: Callable[[MatrixBlock, list[Stmt]], None]) -> Stmt:
@@ -124,11 +128,9 @@ class MatrixBlock:
         self.tile = Tile(matrix.frame, matrix.geometry, matrix.mapping)
         self.tile.rewrite = self.frame.kernel_scalars(stmts)
         across = as_i32(matrix.across)
-        self.range = tirx.Var("range", "int32")
-        start = tirx.Var("first_column", "int32")
-        stmts.append(tirx.Bind(self.range, quotient(block, across)))
+        self.range = named_index("range", quotient(block, across), stmts)
         wide = shifted(i32(1), matrix.mapping.column_bits)
-        stmts.append(tirx.Bind(start, (block - self.range * across) * wide))
+        start = named_index("first_column", (block - self.range * across) * wide, stmts)
         self.tile.open(thread, stmts)
         self.tile.at_slice(i64(0), None, stmts)
         vectors = as_i32(ceildiv(matrix.geometry.length, i64(matrix.vector)))
@@ -181,7 +183,9 @@ class MatrixBlock:
         first = self.tile.column * width
 
         def row(k: Expr) -> Stmt:
-            return unrolled(width, lambda v: grow(buffer, get(scratch, first + k * step + v), v), "v")
+            return unrolled(
+                width, lambda v: grow(buffer, get(scratch, first + k * step + v), v), "v"
+            )
 
         stmts.append(counted(shifted(i32(1), m.row_bits), row, "down"))
 
@@ -239,7 +243,7 @@ class ColumnSlices:
         settled = 0
         for number, stage in enumerate(self.stages):
             read = {t for s in _wide(stage) for t in loads(s.value)}
-            if number and settled < number or read & made:
+            if (number and settled < number) or read & made:
                 stmts.append(self._settle(number))
                 settled = number
                 made = set()
@@ -268,9 +272,7 @@ class ColumnSlices:
             wanted = self.frame.any_of({self.frame.output_of(s) for s in stage.outputs})
             stmts.append(when(wanted, block.each_tile(block.span(), tile)))
 
-    def _centred(
-        self, stage: Stage, found: Match, block: MatrixBlock, stmts: list[Stmt]
-    ) -> None:
+    def _centred(self, stage: Stage, found: Match, block: MatrixBlock, stmts: list[Stmt]) -> None:
         dtype, x = found.total.op.out.dtype, found.total.value
         dims = found.total.op.out.dims
         shift = Tensor("shift", dtype, dims)
@@ -301,21 +303,17 @@ class ColumnSlices:
 
     def _settle_columns(self, number: int, block: Expr, thread: Expr) -> Stmt:
         stmts: list[Stmt] = []
-        index = tirx.Var("slice", "int64")
         lane = tirx.BitwiseAnd(thread, i32(WARP - 1))
         own = as_i64(block) * i64(WARP) + as_i64(lane)
-        stmts.append(tirx.Bind(index, tirx.Min(own, self.columns - 1)))
-        plain = Geometry(
-            self.plan, self.plan.slice_axes, (), (), self.columns, i64(1), i64(1)
-        )
+        index = named_index("slice", tirx.Min(own, self.columns - 1), stmts)
+        plain = Geometry(self.plan, self.plan.slice_axes, (), (), self.columns, i64(1), i64(1))
         tile = Tile(self.frame, plain, self.matrix.mapping)
         tile.rewrite = self.frame.kernel_scalars(stmts)
         tile.slice = index
         settler = Settler(tile, i32(0), i32(1), _no_rows)
         settler.read_inputs(stmts)
         settler.settle(self.first, stmts)
-        share = tirx.Var("share", "int32")
-        stmts.append(tirx.Bind(share, tirx.shift_right(thread, i32(5))))
+        share = named_index("share", tirx.shift_right(thread, i32(5)), stmts)
         for stage in self.stages[:number]:
             gather(stage, self._parts(index, share, thread), settler, self.frame, stmts)
             settler.settle(stage.after, stmts)

@@ -26,6 +26,7 @@ from normgraph.compile.cuda_kernel import (
     grow,
     i32,
     kernel,
+    on_host,
     put,
     quotient,
     registers,
@@ -33,9 +34,12 @@ from normgraph.compile.cuda_kernel import (
     sync,
     value_of,
 )
+from normgraph.compile.cuda_kernel import (
+    index as named_index,
+)
 from normgraph.compile.slice_plan import Step, distinct
 from normgraph.compile.tensor_program import Load, Node, Tensor, loads
-from normgraph.compile.tir import Expr, Stmt, bind, i64, plus, product, seq, times, when
+from normgraph.compile.tir import Expr, Stmt, i64, plus, product, seq, times, when
 
 SHARES = 16
 _THREADS = WARP * SHARES
@@ -88,16 +92,15 @@ class _Finish:
 
     def emit(self) -> Stmt:
         stmts: list[Stmt] = []
-        blocks = bind("finish_blocks", ceildiv(self.size, i64(WARP)), stmts)
+        blocks = on_host("finish_blocks", ceildiv(self.size, i64(WARP)), stmts)
         return seq([*stmts, kernel(blocks, _THREADS, self._body)])
 
     def _body(self, block: Expr, thread: Expr) -> Stmt:
         stmts: list[Stmt] = []
         self.rewrite = self.frame.kernel_scalars(stmts)
-        index, share = tirx.Var("element", "int64"), tirx.Var("share", "int32")
         lane = tirx.BitwiseAnd(thread, i32(WARP - 1))
-        stmts.append(tirx.Bind(index, as_i64(block) * i64(WARP) + as_i64(lane)))
-        stmts.append(tirx.Bind(share, tirx.shift_right(thread, i32(5))))
+        index = named_index("element", as_i64(block) * i64(WARP) + as_i64(lane), stmts)
+        share = named_index("share", tirx.shift_right(thread, i32(5)), stmts)
         inside = tirx.LT(index, self.size)
         for step in self.steps:
             inner: list[Stmt] = []
@@ -153,7 +156,8 @@ class _Finish:
         mine = quotient(tirx.Cast("int32", count) - share + (SHARES - 1), SHARES)
 
         def one(k: Expr) -> Stmt:
-            number = tirx.Var("number", "int64")
-            return seq([tirx.Bind(number, as_i64(share + k * SHARES)), body(number)])
+            stmts: list[Stmt] = []
+            number = named_index("number", as_i64(share + k * SHARES), stmts)
+            return seq([*stmts, body(number)])
 
         return counted(mine, one, "k")

@@ -10,14 +10,13 @@ from tvm.ir import Call, TensorLoad
 
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import BINARY, NotCanonical
-from normgraph.compile.cuda_kernel import VECTOR_BYTES
-from normgraph.compile.kernel_frame import Frame, item_size, replace_scalars, rounded_sum
+from normgraph.compile.cuda_kernel import VECTOR_BYTES, on_host
+from normgraph.compile.kernel_frame import Frame, replace_scalars, rounded_sum
 from normgraph.compile.slice_plan import SlicePlan
 from normgraph.compile.tensor_program import Node, Scalar, Tensor
 from normgraph.compile.tir import (
     Expr,
     Stmt,
-    bind,
     both,
     constant,
     i64,
@@ -87,7 +86,7 @@ class CudaFrame(Frame):
 
     def room(self, name: str, size: Expr) -> Room:
         """A part of the workspace for `size` elements."""
-        units = bind(f"{name}_at", self._units, self._rooms)
+        units = on_host(f"{name}_at", self._units, self._rooms)
         self._units = plus(units, tirx.FloorDiv(plus(size, i64(_PART - 1)), i64(_PART)))
         return Room(units)
 
@@ -104,7 +103,7 @@ class CudaFrame(Frame):
             return []
         return [
             *self._rooms,
-            tirx.Bind(self._size_var, times(self._units, i64(_PART))),
+            tirx.Bind(self._size_var, tirx.reinterpret("int64", times(self._units, i64(_PART)))),
             tirx.AllocBuffer(self.workspace),
         ]
 

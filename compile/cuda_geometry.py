@@ -9,10 +9,19 @@ from tvm import tirx
 
 from normgraph.compile.addressing import Position, offset
 from normgraph.compile.blocks import NotCanonical
-from normgraph.compile.cuda_kernel import WARP, as_i32, at_most, ceildiv, i32, log2_ceil, power
+from normgraph.compile.cuda_kernel import (
+    WARP,
+    as_i32,
+    at_most,
+    ceildiv,
+    i32,
+    log2_ceil,
+    on_host,
+    power,
+)
 from normgraph.compile.slice_plan import SlicePlan, Step
 from normgraph.compile.tensor_program import Tensor, loads
-from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, product
+from normgraph.compile.tir import Expr, Stmt, constant, i64, product
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def geometry(plan: SlicePlan, stmts: list[Stmt]) -> Geometry:
     rows = plan.lead_axes or between
 
     def size(axes: Iterable[int], name: str) -> Expr:
-        return bind(name, product([extents[a] for a in axes]), stmts)
+        return on_host(name, product([extents[a] for a in axes]), stmts)
 
     return Geometry(
         plan,
@@ -115,41 +124,43 @@ class Mapping:
         """The threads of a team."""
         return shifted(i32(1), self.team_bits)
 
-    def named(self, stmts: list[Stmt]) -> Mapping:
-        """The same with its numbers computed once on the host."""
-        bits = (self.column_bits, self.row_bits, self.run_bits)
-        named = [
-            bind(name, value, stmts, "int32")
-            for name, value in zip(("column_bits", "row_bits", "run_bits"), bits, strict=True)
-        ]
-        return Mapping(self.vector, self.registers, self.threads, *named, self.warps)
-
 
 def mapping(
-    rows: Expr | None, length: Expr, *, vector: int, registers: int, threads: int, warps: bool
+    rows: Expr | None,
+    length: Expr,
+    stmts: list[Stmt],
+    *,
+    vector: int,
+    registers: int,
+    threads: int,
+    warps: bool,
 ) -> tuple[Mapping, Expr]:
     """How threads cover a tile of a slice, and whether the tile is all of it.
 
-    rows: None where a slice is one row. warps: teams are as small as the slice allows.
+    rows: None where a slice is one row. stmts: where the host computes it. warps: teams are as
+    small as the slice allows.
     """
     most = (WARP if warps else threads).bit_length() - 1
-    vectors = ceildiv(length, i64(vector))
-    columns = log2_ceil(vectors, most)
-    run = ceildiv(vectors, power(columns))
+    vectors = on_host("vectors", ceildiv(length, i64(vector)), stmts)
+    if rows is None and not warps:
+        columns: Expr = i32(most)
+    else:
+        columns = on_host("column_bits", log2_ceil(vectors, most), stmts, "int32")
+    run = on_host("run", ceildiv(vectors, power(columns)), stmts)
+    down: Expr = i32(0)
     if rows is None:
-        down: Expr = i32(0)
-        if not warps:
-            columns = i32(most)
-            run = ceildiv(vectors, i64(threads))
         fits = at_most(run, i64(registers))
         bits = log2_ceil(i64(registers), 31)
     else:
         free = _minus(i32(most), columns)
         down = _least(log2_ceil(rows, most), free) if warps else free
+        down = on_host("row_bits", down, stmts, "int32")
         run_bits = log2_ceil(run, (registers - 1).bit_length() + 1)
-        deep = ceildiv(rows, power(down))
-        fits = at_most(_scaled(deep, run_bits), i64(registers))
-        bits = _least(run_bits, i32(registers.bit_length() - 1))
+        run_bits = on_host("run_bits", run_bits, stmts, "int32")
+        fits = at_most(_scaled(ceildiv(rows, power(down)), run_bits), i64(registers))
+        bits = on_host(
+            "run_bits", _least(run_bits, i32(registers.bit_length() - 1)), stmts, "int32"
+        )
     return Mapping(vector, registers, threads, columns, down, bits, warps), fits
 
 

@@ -1,14 +1,14 @@
 """Slices that fit a team of threads: read once, held in registers through all passes.
 
- 1. A block of threads (or a part of a warp) takes a slice; its loads are all issued at once.
- 2. Each sum is added up in registers, then over the warp by shuffles and over the block through
-    shared memory. The mean first, and what is centred on it from the registers: two passes that
-    cost no traffic.
- 3. Every thread computes the slice's values for itself; one stores them.
- 4. The outputs are computed from the registers and stored.
- 5. Sums across slices (parameter gradients of layer norm): a block goes through many slices and
-    keeps the sums of its columns in registers; at the end each block stores its part, which
-    `cuda_finish` adds up in a fixed order.
+1. A block of threads (or a part of a warp) takes a slice; its loads are all issued at once.
+2. Each sum is added up in registers, then over the warp by shuffles and over the block through
+   shared memory. The mean first, and what is centred on it from the registers: two passes that
+   cost no traffic.
+3. Every thread computes the slice's values for itself; one stores them.
+4. The outputs are computed from the registers and stored.
+5. Sums across slices (parameter gradients of layer norm): a block goes through many slices and
+   keeps the sums of its columns in registers; at the end each block stores its part, which
+   `cuda_finish` adds up in a fixed order.
 """
 
 from __future__ import annotations
@@ -32,17 +32,21 @@ from normgraph.compile.cuda_kernel import (
     grow,
     i32,
     kernel,
+    on_host,
     put,
     quotient,
     registers,
     shared,
     sync,
 )
+from normgraph.compile.cuda_kernel import (
+    index as named_index,
+)
 from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.cuda_tile import Place, Tile
 from normgraph.compile.slice_plan import Pass, Step
 from normgraph.compile.tensor_program import Tensor
-from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, least, seq, when
+from normgraph.compile.tir import Expr, Stmt, constant, i64, least, seq, when
 
 
 class HeldSlices:
@@ -77,11 +81,10 @@ class HeldSlices:
 
     def emit(self, stmts: list[Stmt]) -> Stmt:
         """The launch; what the host computes for it goes to `stmts`."""
-        self.mapping = self.tile.mapping = self.mapping.named(stmts)
         blocks = ceildiv(self.geometry.slices, as_i64(self._teams()))
         if self.partials:
             blocks = least(blocks, i64(self.most_blocks))
-        self.blocks = bind("blocks", blocks, stmts)
+        self.blocks = on_host("blocks", blocks, stmts)
         body = partial(self._body, self.blocks)
         return kernel(self.blocks, self.mapping.threads, body)
 
@@ -100,9 +103,8 @@ class HeldSlices:
         self.tile.rewrite = self.frame.kernel_scalars(stmts)
         self.thread = thread
         if self.mapping.warps:
-            self.lane = tirx.Var("lane", "int32")
             mask = self.mapping.team - 1
-            stmts.append(tirx.Bind(self.lane, tirx.BitwiseAnd(thread, mask)))
+            self.lane = named_index("lane", tirx.BitwiseAnd(thread, mask), stmts)
         else:
             self.lane = thread
         self.tile.open(self.lane, stmts)
@@ -129,13 +131,11 @@ class HeldSlices:
         stmts: list[Stmt] = []
         index, active = number, None
         if self.mapping.warps:
-            own = tirx.Var("own", "int64")
             team = tirx.shift_right(self.thread, self.mapping.team_bits)
-            stmts.append(tirx.Bind(own, number * as_i64(self._teams()) + as_i64(team)))
+            own = named_index("own", number * as_i64(self._teams()) + as_i64(team), stmts)
             active = tirx.LT(own, self.geometry.slices)
             index = tirx.Min(own, self.geometry.slices - 1)
-        named = tirx.Var("slice", "int64")
-        stmts.append(tirx.Bind(named, index))
+        named = named_index("slice", index, stmts)
         self.tile.at_slice(named, active, stmts)
         self.reductions = 0
         width = self.mapping.team if self.mapping.warps else i32(WARP)
@@ -215,8 +215,7 @@ class HeldSlices:
         parts = {} if m.warps else {t: shared(warps, t.dtype, "row_parts") for t in totals}
         stmts += [tirx.AllocBuffer(buffer) for buffer in parts.values()]
         width = tirx.shift_left(i32(1), tirx.Min(m.column_bits, i32(5)))
-        named = tirx.Var("row_lanes", "int32")
-        stmts.append(tirx.Bind(named, width))
+        named = named_index("row_lanes", width, stmts)
         wide = tirx.GT(m.column_bits, i32(5))
         add = partial(self.tile.add_up, steps, totals)
 

@@ -12,7 +12,7 @@ from tvm.tirx.op import tvm_storage_sync
 
 from normgraph.compile.addressing import evaluate
 from normgraph.compile.tensor_program import Apply, Cast, Node
-from normgraph.compile.tir import Expr, Stmt, constant, i64, seq, when, zero
+from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, seq, when, zero
 
 WARP = 32
 _ALL_LANES = 0xFFFFFFFF
@@ -194,3 +194,26 @@ def power(bits: Expr) -> Expr:
     if known is not None:
         return i64(1 << known)
     return tirx.shift_left(i64(1), tirx.Cast("int64", bits))
+
+
+def on_host(name: str, value: Expr, out: list[Stmt], dtype: str = "int64") -> Expr:
+    """Name a number that the host computes; constants and variables stay as they are.
+
+    TVM's passes bound every named value by the bounds of all that it is made of, which takes time
+    exponential in the depth of such definitions. They do not look into a reinterpretation.
+    """
+    if isinstance(value, (IntImm, tirx.Var)):
+        return value
+    return bind(name, tirx.reinterpret(dtype, value), out, dtype)
+
+
+def index(name: str, value: Expr, out: list[Stmt]) -> Expr:
+    """Name an index that a thread computes, in a register.
+
+    A register and not a named value, for the same reason as in `on_host`.
+    """
+    if isinstance(value, (IntImm, tirx.Var)):
+        return value
+    buffer = registers(1, str(value.ty.dtype), name)
+    out.extend([tirx.AllocBuffer(buffer), put(buffer, value)])
+    return get(buffer)

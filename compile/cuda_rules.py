@@ -1,9 +1,52 @@
-"""The CUDA schedule rule for normalization. (docstring below)"""
+"""The CUDA schedule rule for normalization: a slice is read once where a block can hold it.
+
+Pattern. As the CPU's rule (`slice_rule`): a function that `tensor_program` can read and
+`slice_plan` can order. The arithmetic is the graph's; this rule decides who computes what, where.
+
+Strategy. The host part of the function looks at the sizes and takes the first kernel that fits.
+ 1. A slice is `rows` rows of `length` contiguous elements (`cuda_geometry`): one row (layer, rms,
+    instance norm), planes (group norm), samples of a channel (batch norm).
+ 2. Tiny slices: parts of a warp, 1 to 32 threads a slice, 256 threads a block; sums by shuffles.
+ 3. Slices up to 32 K elements (16 K with two inputs): a block a slice, 128 to 1024 threads with up
+    to 8 vectors of each input a thread, all loaded before one is used (`cuda_held`). Everything
+    is computed from the registers, the mean first and then what is centred on it.
+ 4. Longer slices: several blocks a slice, a kernel a traversal (`cuda_split`). A mean and the sums
+    centred on it take one, by the formula of `shifted_sums`; the next goes backwards through what
+    L2 still holds.
+ 5. Sums across slices. Of whole-size values (gamma's and beta's gradients in layer norm): blocks go
+    through many slices with the sums of their columns in registers and store one part each. Of
+    per-slice values (instance and group norm): through the workspace. `cuda_finish` adds both up.
+    All orders are fixed and nothing is atomic, so that results are the same from run to run.
+ 6. Slices that are columns (batch norm of a matrix, channels last): `cuda_columns`.
+ 7. Accesses are of 16 bytes where all rows and pointers are aligned to that, which the host part
+    finds out; else of one element. A known length that is a smaller multiple takes smaller vectors.
+ 8. Each output has a request of two bits, the same for all threads: what is not asked for is
+    neither loaded for, added up nor stored, and what is asked for in addition is added.
+
+Roofline. A, the bytes of one array; B, the bandwidth of device memory; L, that of a launch (about
+1 us on the device behind another kernel); everything is bound by bytes.
+
+    held     forward   2 A / B             backward  3 A / B
+    split    forward   (3 - h) A / B + L   backward  (5 - 2 h) A / B + L
+             h, the part of a traversal's arrays that the next finds in L2: near 1 below 40 MB
+    columns  as split, and one small kernel more for the columns' values
+    finish   parts of at most 528 blocks from L2: 1 to 3 us
+
+Bytes in flight decide how near a kernel comes. Little's law asks some 40 KB a multiprocessor (4.8
+TB/s, 132 of them, 1 us). Threads hold 64 to 128 bytes of each input: at 40 to 72 registers a
+multiprocessor keeps 900 to 1500 threads, 60 to 130 KB, of which a third to a half is in flight
+while other blocks add up or store. Blocks of 1024 threads stand alone on a multiprocessor with long
+slices of two inputs: their phases do not overlap, and 60 to 75 % is what to expect there.
+
+Rejected. Schedule primitives (see `slice_rule`); stock GPU rules assert on these graphs. Holding
+slices in shared memory: every element once more through it, where registers do. Atomic sums: their
+order changes from run to run. E[x^2] - E[x]^2: wrong at large means. One kernel with a barrier
+across the grid: needs all blocks resident, which a library cannot promise its caller.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
@@ -44,8 +87,6 @@ def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
     try:
         slice_plan = plan(read(func))
         found = shifted_sums.match(slice_plan)
-        if found is not None:
-            found = replace(found)
         coefficients.settle(slice_plan)
         return _Emitter(slice_plan, outputs, found).emit()
     except NotCanonical:
@@ -105,7 +146,7 @@ class _Emitter:
         choices: list[tuple[Expr | None, Stmt]] = []
         for width in self._widths(where.length):
             if any(s.is_sum for p in self.plan.passes for s in p.wide):
-                choices += self._held(where, width)
+                choices += self._held(where, width, opening)
         if not choices or choices[-1][0] is not None:
             for width in self._widths(where.length):
                 aligned = self._is_aligned(width, where.length)
@@ -162,7 +203,9 @@ class _Emitter:
             rooms[step.op.out] = self.frame.room("block_parts", size)
         return rooms
 
-    def _held(self, where: Geometry, width: int) -> list[tuple[Expr | None, Stmt]]:
+    def _held(
+        self, where: Geometry, width: int, opening: list[Stmt]
+    ) -> list[tuple[Expr | None, Stmt]]:
         """Kernels that hold a slice, the smallest first."""
         made: list[tuple[Expr | None, Stmt]] = []
         rows = where.rows if where.row_axes else None
@@ -176,7 +219,13 @@ class _Emitter:
         aligned = self._is_aligned(width, where.length)
         for threads, count, warps in tried:
             found, fits = mapping(
-                rows, where.length, vector=width, registers=count, threads=threads, warps=warps
+                rows,
+                where.length,
+                opening,
+                vector=width,
+                registers=count,
+                threads=threads,
+                warps=warps,
             )
             known = constant(fits)
             if known == 0:

@@ -19,6 +19,9 @@ from normgraph.compile.cuda_kernel import (
     quotient,
     registers,
 )
+from normgraph.compile.cuda_kernel import (
+    index as named_index,
+)
 from normgraph.compile.cuda_tile import Tile
 from normgraph.compile.slice_plan import SlicePlan, Step, distinct
 from normgraph.compile.tensor_program import Tensor, loads
@@ -111,8 +114,8 @@ class Settler:
         count = quotient(rows - self.lane + self.width - 1, self.width)
 
         def one(k: Expr) -> Stmt:
-            index = tirx.Var("r", "int32")
-            stmts: list[Stmt] = [tirx.Bind(index, self.lane + k * self.width)]
+            stmts: list[Stmt] = []
+            index = named_index("r", self.lane + k * self.width, stmts)
             body(index, stmts)
             return seq(stmts)
 

@@ -1,18 +1,18 @@
 """Slices longer than a block holds: several blocks a slice, partial sums, a kernel a traversal.
 
- 1. A slice is cut into chunks, each a block's work; a tile of it at a time is held in registers.
- 2. Each traversal of the plan is a kernel. What its sums give is stored chunk by chunk; the next
-    kernel adds the parts of its slice up first, in a fixed order, every block for itself.
- 3. A mean and the sums centred on it take one traversal: each chunk centres on the mean s of its
-    first tile. With n elements, A = sum(x - s), Q = sum((x - s)^2) and d = mean - s,
+1. A slice is cut into chunks, each a block's work; a tile of it at a time is held in registers.
+2. Each traversal of the plan is a kernel. What its sums give is stored chunk by chunk; the next
+   kernel adds the parts of its slice up first, in a fixed order, every block for itself.
+3. A mean and the sums centred on it take one traversal: each chunk centres on the mean s of its
+   first tile. With n elements, A = sum(x - s), Q = sum((x - s)^2) and d = mean - s,
 
-        mean = s_0 + sum(n (s - s_0) + A) / m
-        sum(x - mean)     = sum(A - n d)
-        sum((x - mean)^2) = sum(Q - d (2 A - n d))
+       mean = s_0 + sum(n (s - s_0) + A) / m
+       sum(x - mean)     = sum(A - n d)
+       sum((x - mean)^2) = sum(Q - d (2 A - n d))
 
-    exactly (Chan, Golub and LeVeque 1983); the tile is at least 1/16 of the chunk, so d^2 is at
-    most 16 variances and nothing cancels beyond what `shifted_sums` allows.
- 4. Later traversals take the slices backwards: what was read last is still in L2.
+   exactly (Chan, Golub and LeVeque 1983); the tile is at least 1/16 of the chunk, so d^2 is at
+   most 16 variances and nothing cancels beyond what `shifted_sums` allows.
+4. Later traversals take the slices backwards: what was read last is still in L2.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ from normgraph.compile.cuda_kernel import (
     i32,
     kernel,
     log2_ceil,
+    on_host,
     power,
     put,
     quotient,
     registers,
     shared,
     sync,
+)
+from normgraph.compile.cuda_kernel import (
+    index as named_index,
 )
 from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.cuda_tile import Tile
@@ -54,7 +58,6 @@ from normgraph.compile.tensor_program import Apply, Load, Operation, Tensor
 from normgraph.compile.tir import (
     Expr,
     Stmt,
-    bind,
     i64,
     plus,
     seq,
@@ -92,7 +95,7 @@ class SplitSlices:
     def prepare(self, stmts: list[Stmt]) -> None:
         """What the host computes in front of the allocation; room for the parts of sums."""
         self._cut(stmts)
-        self.blocks = bind("chunks", times(self.geometry.slices, self.chunks.count), stmts)
+        self.blocks = on_host("chunks", times(self.geometry.slices, self.chunks.count), stmts)
         for stage in self.stages:
             if stage.parts:
                 stage.room = self.frame.room("parts", times(i64(stage.parts), self.blocks))
@@ -112,32 +115,33 @@ class SplitSlices:
 
     def _cut(self, stmts: list[Stmt]) -> None:
         g, tile = self.geometry, THREADS * self.registers
-        vectors = bind("vectors", ceildiv(g.length, i64(self.vector)), stmts)
+        vectors = on_host("vectors", ceildiv(g.length, i64(self.vector)), stmts)
         of_slice = times(g.rows, vectors)
         share = ceildiv(times(g.slices, of_slice), i64(_CHUNKS))
         wanted = tirx.Min(tirx.Max(share, i64(_TILES[0] * tile)), i64(_TILES[1] * tile))
-        wanted = bind("wanted", tirx.Max(wanted, ceildiv(of_slice, i64(_PARTS))), stmts)
-        columns = bind("chunk_columns", ceildiv(vectors, ceildiv(vectors, wanted)), stmts)
+        wanted = on_host("wanted", tirx.Max(wanted, ceildiv(of_slice, i64(_PARTS))), stmts)
+        columns = on_host("chunk_columns", ceildiv(vectors, ceildiv(vectors, wanted)), stmts)
         rows: Expr = i64(1)
         if g.row_axes and not self.rows_apart:
-            rows = bind("chunk_rows", tirx.Max(tirx.FloorDiv(wanted, vectors), i64(1)), stmts)
+            rows = on_host("chunk_rows", tirx.Max(tirx.FloorDiv(wanted, vectors), i64(1)), stmts)
         self.chunks = Chunks(
-            bind("row_parts", ceildiv(g.rows, rows), stmts),
-            bind("column_parts", ceildiv(vectors, columns), stmts),
+            on_host("row_parts", ceildiv(g.rows, rows), stmts),
+            on_host("column_parts", ceildiv(vectors, columns), stmts),
             rows,
             columns,
         )
         most = THREADS.bit_length() - 1
         bits = log2_ceil(columns, most) if g.row_axes else i32(most)
-        bits = bind("column_bits", bits, stmts, "int32")
-        run = log2_ceil(ceildiv(columns, power(bits)), self.registers.bit_length() - 1)
+        bits = on_host("column_bits", bits, stmts, "int32")
+        run = on_host("run", ceildiv(columns, power(bits)), stmts)
+        run = log2_ceil(run, self.registers.bit_length() - 1)
         self.mapping = Mapping(
             self.vector,
             self.registers,
             THREADS,
             bits,
-            bind("row_bits", i32(most) - bits, stmts, "int32"),
-            bind("run_bits", run, stmts, "int32"),
+            on_host("row_bits", i32(most) - bits, stmts, "int32"),
+            on_host("run_bits", run, stmts, "int32"),
             False,
         )
 
@@ -195,22 +199,18 @@ class _Chunk:
         self.tile = Tile(split.frame, split.geometry, split.mapping)
         self.lane = tirx.BitwiseAnd(thread, i32(WARP - 1))
         self.settler = Settler(self.tile, self.lane, i32(WARP), self.row_value)
-        self.part: Any = tirx.Var("part", "int32")
-        self.slice: Any = tirx.Var("slice_index", "int32")
+        self.part: Expr = i32(0)
         self.sources: dict[Tensor, tuple[Stage, int]] = {
             step.op.out: (each, k) for each in split.stages for k, step in enumerate(each.sums)
         }
 
     def open(self, index: Expr, parts: Expr) -> list[Stmt]:
         """Where the chunk lies."""
-        stmts: list[Stmt] = [
-            tirx.Bind(self.slice, quotient(index, parts)),
-            tirx.Bind(self.part, index - self.slice * parts),
-        ]
+        stmts: list[Stmt] = []
+        number = named_index("slice_index", quotient(index, parts), stmts)
+        self.part = named_index("part", index - number * parts, stmts)
         self.tile.open(self.thread, stmts)
-        named = tirx.Var("slice", "int64")
-        stmts.append(tirx.Bind(named, as_i64(self.slice)))
-        self.tile.at_slice(named, None, stmts)
+        self.tile.at_slice(as_i64(number), None, stmts)
         return stmts
 
     # The parts of the slice's sums.
@@ -271,9 +271,7 @@ class _Chunk:
         named = []
         span = self.span(self.part)
         for name in ("row", "row_end", "column", "column_end"):
-            var = tirx.Var(f"first_{name}", "int32")
-            stmts.append(tirx.Bind(var, getattr(span, name)))
-            named.append(var)
+            named.append(named_index(f"first_{name}", getattr(span, name), stmts))
         span = Span(*named)
         if self.stage.centred is not None:
             self._centred(self.stage.centred, span, stmts)
@@ -355,13 +353,20 @@ class _Chunk:
         if not self.split.geometry.row_axes:
             return counted(across, lambda k: body(k, self._tile(span, i32(0), k, size)), "tile")
         down = ceildiv(span.row_end - span.row, size[0])
-        named = tirx.Var("tiles_across", "int32")
+        stmts: list[Stmt] = []
+        named = named_index("tiles_across", across, stmts)
 
         def one(k: Expr) -> Stmt:
-            row = quotient(k, named)
-            return body(k, self._tile(span, row, k - row * named, size))
+            inner: list[Stmt] = []
+            row = named_index("tile_row", quotient(k, named), inner)
+            tile = self._tile(span, row, k - row * named, size)
+            named_row = named_index("tile_top", tile.row, inner)
+            named_column = named_index("tile_left", tile.column, inner)
+            tile = Span(named_row, span.row_end, named_column, span.column_end)
+            return seq([*inner, body(k, tile)])
 
-        return seq([tirx.Bind(named, across), counted(down * named, one, "tile")])
+        tiles = named_index("tiles", down * named, stmts)
+        return seq([*stmts, counted(tiles, one, "tile")])
 
     # What the block adds.
 

@@ -28,6 +28,9 @@ from normgraph.compile.cuda_kernel import (
     unrolled,
     value_of,
 )
+from normgraph.compile.cuda_kernel import (
+    index as named_index,
+)
 from normgraph.compile.kernel_frame import rounded_sum
 from normgraph.compile.slice_plan import Step, distinct
 from normgraph.compile.tensor_program import Node, Tensor, loads
@@ -81,11 +84,9 @@ class Tile:
         stmts.extend(tirx.AllocBuffer(buffer) for buffer in self.held.values())
         bits = self.mapping.column_bits
         mask = shifted(i32(1), bits) - 1
-        self.column = tirx.Var("column", "int32")
-        stmts.append(tirx.Bind(self.column, tirx.BitwiseAnd(lane, mask)))
+        self.column = named_index("column", tirx.BitwiseAnd(lane, mask), stmts)
         if self.geometry.row_axes:
-            self.row = tirx.Var("row", "int32")
-            stmts.append(tirx.Bind(self.row, tirx.shift_right(lane, bits)))
+            self.row = named_index("row", tirx.shift_right(lane, bits), stmts)
             self.row_stride = self._vectors(self.geometry.stride(self.geometry.row_axes))
 
     def _vectors(self, size: Expr) -> Expr:
@@ -100,9 +101,8 @@ class Tile:
     def at_slice(self, index: Expr, active: Expr | None, stmts: list[Stmt]) -> None:
         """Go to slice `index` (int64, in range). active: whether this thread's team has one."""
         self.slice, self.active = index, active
-        self.base = tirx.Var("base", "int64")
         stride = self._vectors(self.geometry.stride(self.geometry.slice_axes))
-        stmts.append(tirx.Bind(self.base, index * stride))
+        self.base = named_index("base", index * stride, stmts)
         self.values = {}
 
     # Going through a tile.
@@ -130,27 +130,23 @@ class Tile:
             offset = self.base + as_i64(column)
             if self.geometry.row_axes:
                 offset = offset + as_i64(row) * self.row_stride
-            place = Place(k, row, column, tirx.Var("offset", "int64"))
-            inner = seq([tirx.Bind(place.offset, offset), body(place)])
-            stmts.append(when(both(conditions), inner))
+            inner: list[Stmt] = []
+            place = Place(k, row, column, named_index("offset", offset, inner))
+            stmts.append(when(both(conditions), seq([*inner, body(place)])))
             return seq([*stmts, after(k, row) if after else None])
 
         return unrolled(m.registers, step, "k")
 
     def _coordinates(self, span: Span, k: Expr, stmts: list[Stmt]) -> tuple[Expr, Expr]:
         m = self.mapping
-        column, row = tirx.Var("at_column", "int32"), tirx.Var("at_row", "int32")
         if not self.geometry.row_axes:
             along = span.column + shifted(k, m.column_bits) + self.column
-            stmts.append(tirx.Bind(column, along))
-            return i32(0), column
+            return i32(0), named_index("at_column", along, stmts)
         in_run = tirx.BitwiseAnd(k, shifted(i32(1), m.run_bits) - 1)
         down = tirx.shift_right(k, m.run_bits)
-        stmts.append(
-            tirx.Bind(column, span.column + shifted(in_run, m.column_bits) + self.column)
-        )
-        stmts.append(tirx.Bind(row, span.row + shifted(down, m.row_bits) + self.row))
-        return row, column
+        column = span.column + shifted(in_run, m.column_bits) + self.column
+        row = span.row + shifted(down, m.row_bits) + self.row
+        return named_index("at_row", row, stmts), named_index("at_column", column, stmts)
 
     # Loading.
 
