@@ -30,11 +30,37 @@ _PART = 64
 
 
 class Room:
-    """A part of the workspace, from element `units` * 64 on."""
+    """A part of a workspace, from element `units` * 64 on."""
 
-    def __init__(self, units: Expr) -> None:
+    def __init__(self, buffer: Any, units: Expr) -> None:
+        self.buffer = buffer
         self.units = units
         self.base = times(units, i64(_PART))
+
+
+class Workspace:
+    """Device memory of one allocation, for what outlives a kernel."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.units: Expr = i64(0)
+        self.stmts: list[Stmt] = []
+        self.size: Any = tirx.Var(f"{name}_size", "int64")
+        self.buffer = tirx.decl_buffer(
+            (self.size,), dtype, name, scope="global", data_alignment=VECTOR_BYTES
+        )
+
+    def room(self, name: str, size: Expr) -> Room:
+        """A part for `size` elements."""
+        units = on_host(f"{name}_at", self.units, self.stmts)
+        self.units = plus(units, tirx.FloorDiv(plus(size, i64(_PART - 1)), i64(_PART)))
+        return Room(self.buffer, units)
+
+    def allocation(self) -> list[Stmt]:
+        """The statements that allocate it; none where nothing needs room."""
+        if constant(self.units) == 0:
+            return []
+        size = tirx.reinterpret("int64", times(self.units, i64(_PART)))
+        return [*self.stmts, tirx.Bind(self.size, size), tirx.AllocBuffer(self.buffer)]
 
 
 class CudaFrame(Frame):
@@ -55,17 +81,12 @@ class CudaFrame(Frame):
         self.device_scalars: list[tuple[Any, Expr]] = []
         self.host_scalars: list[tuple[Any, Expr]] = []
         self._split_scalars()
-        self.start_workspace()
+        self.workspace_now = Workspace("kept", self.dtype)
+        self.stored: dict[Tensor, Room] = {}
 
     def start_workspace(self) -> None:
         """A workspace of its own for the kernels that are emitted from now on."""
-        self._units: Expr = i64(0)
-        self._rooms: list[Stmt] = []
-        self._size_var = tirx.Var("workspace_size", "int64")
-        self.workspace = tirx.decl_buffer(
-            (self._size_var,), self.dtype, "workspace", scope="global", data_alignment=VECTOR_BYTES
-        )
-        self.stored: dict[Tensor, Room] = {}
+        self.workspace_now = Workspace("workspace", self.dtype)
 
     def _split_scalars(self) -> None:
         on_device: set[Any] = set()
@@ -85,27 +106,20 @@ class CudaFrame(Frame):
         return stmts
 
     def room(self, name: str, size: Expr) -> Room:
-        """A part of the workspace for `size` elements."""
-        units = on_host(f"{name}_at", self._units, self._rooms)
-        self._units = plus(units, tirx.FloorDiv(plus(size, i64(_PART - 1)), i64(_PART)))
-        return Room(units)
+        """A part of the workspace at hand for `size` elements."""
+        return self.workspace_now.room(name, size)
 
     def keep_stored(self, tensors: Sequence[Tensor]) -> None:
         """Make room for tensors that later kernels read."""
+        self.stored = {}
         for tensor in tensors:
             if tensor.dtype != self.dtype:
                 raise NotCanonical(f"{tensor.name} is {tensor.dtype}, not {self.dtype}")
             self.stored[tensor] = self.room(tensor.name, element_count(tensor))
 
     def allocation(self) -> list[Stmt]:
-        """The statements that allocate the workspace; none where nothing needs room."""
-        if constant(self._units) == 0:
-            return []
-        return [
-            *self._rooms,
-            tirx.Bind(self._size_var, tirx.reinterpret("int64", times(self._units, i64(_PART)))),
-            tirx.AllocBuffer(self.workspace),
-        ]
+        """The statements that allocate the workspace at hand."""
+        return self.workspace_now.allocation()
 
     # Memory.
 
@@ -121,18 +135,19 @@ class CudaFrame(Frame):
 
     def load_room(self, room: Room, at: Expr) -> Expr:
         """An element of a part of the workspace."""
-        return tirx.BufferLoad(self.workspace, [plus(room.base, at)])
+        return tirx.BufferLoad(room.buffer, [plus(room.base, at)])
 
     def store_room(self, room: Room, value: Expr, at: Expr) -> Stmt:
         """Put an element into a part of the workspace."""
-        return tirx.BufferStore(self.workspace, value, [plus(room.base, at)])
+        return tirx.BufferStore(room.buffer, value, [plus(room.base, at)])
 
     def vector_at(self, tensor: Tensor, vector: Expr, width: int) -> tuple[Any, Expr]:
         """The buffer and the index, provably a multiple of `width`, of a tensor's vector."""
         if tensor not in self.stored:
             return self.flat[tensor], vector * i64(width) if width > 1 else vector
-        units = times(self.stored[tensor].units, i64(_PART // width))
-        return self.workspace, plus(units, vector) * i64(width)
+        room = self.stored[tensor]
+        units = times(room.units, i64(_PART // width))
+        return room.buffer, plus(units, vector) * i64(width)
 
     def element(self, tensor: Tensor, position: Position) -> Expr:
         """The element of a tensor in memory at a position."""
@@ -149,16 +164,11 @@ class CudaFrame(Frame):
 
     def aligned(self, tensors: Sequence[Tensor]) -> Expr | None:
         """Whether these tensors begin at a multiple of a vector; None where there are none."""
-        mask = tirx.IntImm("uint64", VECTOR_BYTES - 1)
-        none = tirx.IntImm("uint64", 0)
-
-        def address(tensor: Tensor) -> Expr:
-            return tirx.address_of(tirx.BufferLoad(self.flat[tensor], [i64(0)]))
-
-        found = [
-            tirx.EQ(tirx.BitwiseAnd(tirx.reinterpret("uint64", address(t)), mask), none)
-            for t in tensors
-        ]
+        mask = i64(VECTOR_BYTES - 1)
+        found = []
+        for tensor in tensors:
+            address = tirx.call_extern("int64", "normgraph_address", self.flat[tensor].data)
+            found.append(tirx.EQ(tirx.BitwiseAnd(address, mask), i64(0)))
         return both(found) if found else None
 
     # Scalars.

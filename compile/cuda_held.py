@@ -46,30 +46,35 @@ from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.cuda_tile import Place, Tile
 from normgraph.compile.slice_plan import Pass, Step
 from normgraph.compile.tensor_program import Tensor
-from normgraph.compile.tir import Expr, Stmt, constant, i64, least, seq, when
+from normgraph.compile.tir import Expr, Stmt, constant, i64, least, seq, times, when
+
+# Of the largest device: a grid of as many blocks as can stand there, all for the whole time.
+_MULTIPROCESSORS = 132
 
 
 class HeldSlices:
-    """Emits one kernel. partials: where each block puts its part of the sums across slices."""
+    """Emits one kernel. resident: blocks that stand on a multiprocessor at a time.
+
+    partials: where each block puts its part of the sums across slices, and how many there are.
+    """
 
     def __init__(
         self,
         frame: CudaFrame,
         geometry: Geometry,
         mapping: Mapping,
-        partials: dict[Tensor, Room],
-        most_blocks: int,
+        resident: int,
     ) -> None:
         self.frame = frame
         self.geometry = geometry
         self.mapping = mapping
-        self.partials = partials
-        self.most_blocks = most_blocks
+        self.resident = resident
         self.plan = geometry.plan
+        self.partials: dict[Tensor, tuple[Room, Expr]] = {}
         self.tile = Tile(frame, geometry, mapping)
         self.span: Span = whole(geometry, mapping.vector)
         size = mapping.registers * mapping.vector
-        self.columns = {t: registers(size, t.dtype, f"{t.name}_columns") for t in partials}
+        self.columns = {t: registers(size, t.dtype, f"{t.name}_columns") for t in self._across()}
         self.blocks: Expr = i64(1)
         self.reductions = 0
         self.lane: Expr = i32(0)
@@ -79,14 +84,25 @@ class HeldSlices:
 
     # The kernel.
 
+    def _across(self) -> list[Tensor]:
+        slices = frozenset(self.plan.slice_axes)
+        for step in self.plan.column_sums:
+            if step.op.out.axes & slices or self.geometry.row_axes:
+                raise NotCanonical("sums across slices of several rows")
+        return [step.op.out for step in self.plan.column_sums]
+
     def emit(self, stmts: list[Stmt]) -> Stmt:
         """The launch; what the host computes for it goes to `stmts`."""
         blocks = ceildiv(self.geometry.slices, as_i64(self._teams()))
-        if self.partials:
-            blocks = least(blocks, i64(self.most_blocks))
-        self.blocks = on_host("blocks", blocks, stmts)
+        if not self.columns:
+            self.blocks = on_host("blocks", blocks, stmts)
+            return kernel(self.blocks, self.mapping.threads, partial(self._body, self.blocks))
+        self.blocks = on_host("blocks", least(blocks, i64(_MULTIPROCESSORS * self.resident)), stmts)
+        for tensor in self.columns:
+            room = self.frame.room("block_parts", times(self.blocks, self.geometry.length))
+            self.partials[tensor] = room, self.blocks
         body = partial(self._body, self.blocks)
-        return kernel(self.blocks, self.mapping.threads, body)
+        return kernel(self.blocks, self.mapping.threads, body, self.resident)
 
     def _teams(self) -> Expr:
         """Slices a block does at a time."""
@@ -271,7 +287,7 @@ class HeldSlices:
 
     def _put_columns(self, tensor: Tensor, block: Expr) -> Stmt:
         """This block's part of a sum across slices."""
-        room, source = self.partials[tensor], self.columns[tensor]
+        room, source = self.partials[tensor][0], self.columns[tensor]
         length = self.geometry.length
         start = as_i64(block) * length
         if not self.mapping.warps:

@@ -15,6 +15,7 @@ from normgraph.compile.tensor_program import Apply, Cast, Node
 from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, seq, when, zero
 
 WARP = 32
+_RESIDENT = "tirx.launch_bounds_min_blocks_per_sm"
 _ALL_LANES = 0xFFFFFFFF
 # The largest vector one memory instruction moves.
 VECTOR_BYTES = 16
@@ -39,10 +40,18 @@ def as_i64(value: Expr) -> Expr:
     return value if str(value.ty.dtype) == "int64" else tirx.Cast("int64", value)
 
 
-def kernel(blocks: Expr, threads: int, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
-    """A launch of `blocks` (int64) blocks of `threads`; `body(block, thread)` in int32."""
+def kernel(
+    blocks: Expr, threads: int, body: Callable[[Expr, Expr], Stmt], resident: int | None = None
+) -> Stmt:
+    """A launch of `blocks` (int64) blocks of `threads`; `body(block, thread)` in int32.
+
+    resident: blocks that a multiprocessor has to have the registers for.
+    """
     block, thread = tirx.Var("block", "int32"), tirx.Var("thread", "int32")
-    inner = _bound("threadIdx.x", thread, i32(threads), body(block, thread))
+    work = body(block, thread)
+    if resident is not None:
+        work = tirx.AttrStmt(0, _RESIDENT, i32(resident), work)
+    inner = _bound("threadIdx.x", thread, i32(threads), work)
     return _bound("blockIdx.x", block, as_i32(blocks), inner)
 
 

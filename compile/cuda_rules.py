@@ -69,12 +69,13 @@ from normgraph.compile.tir import Expr, Stmt, constant, i64, seq, times, when
 NAME = "cuda-slices"
 
 # Registers of a thread that may hold its elements, by the threads of its block; and vectors at
-# most.
-_BUDGETS = ((128, 96, 4), (256, 96, 4), (512, 72, 4), (1024, 34, 8))
-_SINGLES = ((256, 96, 8), (1024, 34, 16))
-_WARP_THREADS = 256
-# Blocks that go through many slices: a few for each multiprocessor of the largest device.
-_BLOCKS = 528
+# most; the last ones for single elements. Teams within a warp stand in blocks of 256.
+_BUDGETS = ((128, 64, 4), (256, 64, 4), (512, 72, 4), (1024, 34, 8))
+_SINGLES = ((256, 64, 8), (1024, 34, 16))
+_WARPS = (256, 64)
+# Registers of a multiprocessor; those of a thread beside the elements it holds.
+_REGISTERS = 65536
+_OTHER_REGISTERS = 48
 
 
 def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
@@ -143,6 +144,11 @@ class _Emitter:
 
     def _slices(self, opening: list[Stmt]) -> Stmt:
         where = geometry(self.plan, opening)
+        ends: Stmt | None = None
+        if not self.plan.column_sums:
+            self.frame.keep_stored(self._stored())
+            opening += self.frame.allocation()
+            ends = finish(self.frame, {})
         choices: list[tuple[Expr | None, Stmt]] = []
         for width in self._widths(where.length):
             if any(s.is_sum for p in self.plan.passes for s in p.wide):
@@ -151,7 +157,7 @@ class _Emitter:
             for width in self._widths(where.length):
                 aligned = self._is_aligned(width, where.length)
                 choices.append((aligned, self._split(where, width)))
-        return self._first_that_fits(choices)
+        return seq([self._first_that_fits(choices), ends])
 
     def _stored(self) -> list[Tensor]:
         """Tensors that kernels after the last traversal read."""
@@ -167,7 +173,6 @@ class _Emitter:
         if known is not None:
             while known % width:
                 width //= 2
-            return [width, 1] if width > 1 else [1]
         return [width, 1] if width > 1 else [1]
 
     def _is_aligned(self, width: int, length: Expr) -> Expr | None:
@@ -193,16 +198,6 @@ class _Emitter:
         words = sum(item_size(t.dtype) for t in self.inputs) / 4
         return words + sum(item_size(s.op.out.dtype) for s in self.plan.column_sums) / 4
 
-    def _column_rooms(self, where: Geometry) -> dict[Tensor, Room]:
-        rooms = {}
-        for step in self.plan.column_sums:
-            slices = frozenset(self.plan.slice_axes)
-            if step.op.out.axes & slices or where.row_axes:
-                raise NotCanonical("sums across slices of several rows")
-            size = times(i64(_BLOCKS), where.length)
-            rooms[step.op.out] = self.frame.room("block_parts", size)
-        return rooms
-
     def _held(
         self, where: Geometry, width: int, opening: list[Stmt]
     ) -> list[tuple[Expr | None, Stmt]]:
@@ -210,12 +205,12 @@ class _Emitter:
         made: list[tuple[Expr | None, Stmt]] = []
         rows = where.rows if where.row_axes else None
         shapes = _BUDGETS if width > 1 else _SINGLES
-        warp = min(shapes[0][2], 4 if width > 1 else 8)
-        tried = [(_WARP_THREADS, warp, True)]
-        for threads, budget, most in shapes:
+        warps = (*_WARPS, shapes[0][2])
+        tried = []
+        for (threads, budget, most), small in ((warps, True), *((s, False) for s in shapes)):
             count = min(int(budget / (width * self._words())), most)
             if count:
-                tried.append((threads, 1 << (count.bit_length() - 1), False))
+                tried.append((threads, 1 << (count.bit_length() - 1), small))
         aligned = self._is_aligned(width, where.length)
         for threads, count, warps in tried:
             found, fits = mapping(
@@ -240,25 +235,29 @@ class _Emitter:
 
     def _held_work(self, where: Geometry, found: Mapping) -> Stmt:
         self.frame.start_workspace()
-        self.frame.keep_stored(self.plan.stored)
-        rooms = self._column_rooms(where)
         host: list[Stmt] = []
-        work = HeldSlices(self.frame, where, found, rooms, _BLOCKS)
+        words = int(found.registers * found.vector * self._words()) + _OTHER_REGISTERS
+        resident = max(_REGISTERS // (found.threads * words), 1)
+        work = HeldSlices(self.frame, where, found, resident)
         launch = work.emit(host)
-        ends = finish(self.frame, {t: (r, work.blocks) for t, r in rooms.items()})
-        return seq([*host, *self.frame.allocation(), launch, ends])
+        return seq([*host, *self.frame.allocation(), launch, self._ends(work.partials)])
 
     def _split(self, where: Geometry, width: int) -> Stmt:
         self.frame.start_workspace()
-        self.frame.keep_stored(self._stored())
         before: list[Stmt] = []
-        work = SplitSlices(self.frame, where, width, self.found)
-        work.prepare(before)
         partials: dict[Tensor, tuple[Room, Expr]] = {}
         sums: Stmt | None = None
+        if self.plan.column_sums:
+            self.frame.keep_stored(self._stored())
+        work = SplitSlices(self.frame, where, width, self.found)
+        work.prepare(before)
         if self.plan.column_sums:
             columns = ColumnSums(self.frame, where, width)
             columns.prepare(before)
             sums, partials = columns.emit(), columns.rooms
-        launches = [work.emit(), sums, finish(self.frame, partials)]
+        launches = [work.emit(), sums, self._ends(partials)]
         return seq([*before, *self.frame.allocation(), *launches])
+
+    def _ends(self, partials: dict[Tensor, tuple[Room, Expr]]) -> Stmt | None:
+        """The finish where it belongs to the kernels at hand."""
+        return finish(self.frame, partials) if self.plan.column_sums else None

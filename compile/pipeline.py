@@ -31,6 +31,7 @@ from normgraph.compile import (
     cuda_compilers,
     cuda_link,
     cuda_plain_rule,
+    cuda_rules,
     importing,
     plain_rule,
     slice_rule,
@@ -42,7 +43,7 @@ from normgraph.errors import CompileError, NormGraphError
 # By kind of target, in order of preference; the last one takes every function.
 RULES: dict[str, tuple[Any, ...]] = {
     "llvm": (slice_rule, plain_rule),
-    "cuda": (cuda_plain_rule,),
+    "cuda": (cuda_rules, cuda_plain_rule),
 }
 
 Progress = Callable[[str], None]
