@@ -205,9 +205,9 @@ class _Emitter:
         made: list[tuple[Expr | None, Stmt]] = []
         rows = where.rows if where.row_axes else None
         shapes = _BUDGETS if width > 1 else _SINGLES
-        warps = (*_WARPS, shapes[0][2])
+        smallest = (*_WARPS, shapes[0][2])
         tried = []
-        for (threads, budget, most), small in ((warps, True), *((s, False) for s in shapes)):
+        for (threads, budget, most), small in ((smallest, True), *((s, False) for s in shapes)):
             count = min(int(budget / (width * self._words())), most)
             if count:
                 tried.append((threads, 1 << (count.bit_length() - 1), small))
