@@ -76,6 +76,8 @@ _WARPS = (256, 64)
 # Registers of a multiprocessor; those of a thread beside the elements it holds.
 _REGISTERS = 65536
 _OTHER_REGISTERS = 48
+# Elements of each input a thread holds at most: of half types more would fit, but not their sums.
+_ELEMENTS = 32
 
 
 def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
@@ -154,7 +156,8 @@ class _Emitter:
             if any(s.is_sum for p in self.plan.passes for s in p.wide):
                 choices += self._held(where, width, opening)
         if not choices or choices[-1][0] is not None:
-            for width in self._widths(where.length):
+            widest, *_, single = [*self._widths(where.length), 1]
+            for width in dict.fromkeys((widest, single)):
                 aligned = self._is_aligned(width, where.length)
                 choices.append((aligned, self._split(where, width)))
         return seq([self._first_that_fits(choices), ends])
@@ -173,7 +176,9 @@ class _Emitter:
         if known is not None:
             while known % width:
                 width //= 2
-        return [width, 1] if width > 1 else [1]
+            return [width, 1] if width > 1 else [1]
+        # Planes of 14 x 14 are whole vectors of 8 bytes.
+        return [width, 4, 1] if width > 4 else [width, 1]
 
     def _is_aligned(self, width: int, length: Expr) -> Expr | None:
         """Whether all rows begin at a multiple of `width` elements; None for certain."""
@@ -205,10 +210,12 @@ class _Emitter:
         made: list[tuple[Expr | None, Stmt]] = []
         rows = where.rows if where.row_axes else None
         shapes = _BUDGETS if width > 1 else _SINGLES
+        if 1 < width < self.widest and constant(where.length) is None:
+            shapes = _BUDGETS[1::2]
         smallest = (*_WARPS, shapes[0][2])
         tried = []
         for (threads, budget, most), small in ((smallest, True), *((s, False) for s in shapes)):
-            count = min(int(budget / (width * self._words())), most)
+            count = min(int(budget / (width * self._words())), most, _ELEMENTS // width)
             if count:
                 tried.append((threads, 1 << (count.bit_length() - 1), small))
         aligned = self._is_aligned(width, where.length)
