@@ -59,6 +59,7 @@ from normgraph.compile.cuda_frame import CudaFrame, Room
 from normgraph.compile.cuda_geometry import Geometry, Mapping, geometry, mapping
 from normgraph.compile.cuda_held import HeldSlices
 from normgraph.compile.cuda_kernel import VECTOR_BYTES
+from normgraph.compile.cuda_settle import is_row_sum
 from normgraph.compile.cuda_split import SplitSlices
 from normgraph.compile.kernel_frame import item_size
 from normgraph.compile.slice_plan import SlicePlan, plan
@@ -71,11 +72,13 @@ NAME = "cuda-slices"
 # Registers of a thread that may hold its elements, by the threads of its block; and vectors at
 # most; the last ones for single elements. Teams within a warp stand in blocks of 256.
 _BUDGETS = ((128, 64, 4), (256, 64, 4), (512, 72, 4), (1024, 34, 8))
-_SINGLES = ((256, 64, 8), (1024, 34, 16))
+_SINGLES = ((256, 64, 8), (1024, 34, 8))
 _WARPS = (256, 64)
 # Registers of a multiprocessor; those of a thread beside the elements it holds.
 _REGISTERS = 65536
 _OTHER_REGISTERS = 48
+# Threads that leave one another 64 registers; sums of rows take more than half.
+_ALONE = 1024
 # Elements of each input a thread holds at most: of half types more would fit, but not their sums.
 _ELEMENTS = 32
 
@@ -213,11 +216,16 @@ class _Emitter:
         if 1 < width < self.widest and constant(where.length) is None:
             shapes = _BUDGETS[1::2]
         smallest = (*_WARPS, shapes[0][2])
-        tried = []
+        tried: list[tuple[int, int, bool]] = []
+        rows_apart = any(is_row_sum(self.plan, s) for p in self.plan.passes for s in p.wide)
         for (threads, budget, most), small in ((smallest, True), *((s, False) for s in shapes)):
+            if rows_apart and threads == _ALONE:
+                budget //= 2 if width > 1 else 4
             count = min(int(budget / (width * self._words())), most, _ELEMENTS // width)
             if count:
-                tried.append((threads, 1 << (count.bit_length() - 1), small))
+                count = 1 << (count.bit_length() - 1)
+                if small or tried[-1][2] or threads * count > tried[-1][0] * tried[-1][1]:
+                    tried.append((threads, count, small))
         aligned = self._is_aligned(width, where.length)
         for threads, count, warps in tried:
             found, fits = mapping(

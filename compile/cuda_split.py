@@ -67,6 +67,7 @@ from normgraph.compile.tir import (
 
 THREADS = 256
 _WARPS = THREADS // WARP
+_RESIDENT = 3  # blocks a multiprocessor has room for: 80 registers a thread
 # Chunks there should be at least, a few for each of some hundred multiprocessors; what one holds
 # at least and at most, in tiles; and chunks of a slice at most, which every block adds up.
 _CHUNKS = 2112
@@ -103,11 +104,10 @@ class SplitSlices:
     def emit(self) -> Stmt:
         """All launches."""
         stmts: list[Stmt] = []
-        chunks = self.blocks
         for number, stage in enumerate(self.stages):
             if stage.sums or stage.outputs:
-                body = partial(self._body, number, chunks)
-                stmts.append(kernel(chunks, THREADS, body))
+                body = partial(self._body, number, self.blocks)
+                stmts.append(kernel(self.blocks, THREADS, body, _RESIDENT))
             else:
                 body = partial(self._body, number, self.geometry.slices)
                 stmts.append(kernel(self.geometry.slices, WARP, body))
