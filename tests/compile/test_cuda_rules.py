@@ -103,7 +103,7 @@ def test_an_odd_length_is_held_by_single_elements(source: Sources) -> None:
 
 def test_open_lengths_have_kernels_for_every_size(source: Sources) -> None:
     text = source("instance_norm", "forward", _PLANES)
-    bounds = [int(n) for n in re.findall(r"__launch_bounds__\((\d+)\) \w+\([^;{]*\) {", text)]
+    bounds = [int(n) for n in re.findall(r"__launch_bounds__\((\d+)[^)]*\) \w+\([^;{]*\) {", text)]
     # Five teams of vectors, three of single elements, two kernels each for longer slices.
     assert bounds == [256, 128, 256, 512, 1024, 256, 256, 1024, 256, 256, 256, 256]
 
