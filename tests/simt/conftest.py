@@ -139,7 +139,9 @@ def translate(source: str) -> str:
     text = _SHARED.sub(declaration, source)
     if "__shared__" in text:
         at = text.index("__shared__")
-        raise ValueError(f"a declaration of shared memory is not understood: {text[at : at + 80]!r}")
+        raise ValueError(
+            f"a declaration of shared memory is not understood: {text[at : at + 80]!r}"
+        )
     kernels = "".join(f"SIMT_KERNEL({n}, {bound})\n" for n, bound in kernels_of(source).items())
     return f'#include "simt.h"\n#line 1 "kernel.cu"\n{text}\n{kernels}'
 

@@ -29,9 +29,9 @@ struct Half {
     unsigned fraction = __x & ((1u << FRACTION) - 1), sign = static_cast<unsigned>(__x >> 15) << 31;
     if (exponent == (1 << EXPONENT) - 1)
       return bits<float>(sign | 0x7f800000u | fraction << (23 - FRACTION));
-    float scaled = exponent ? std::ldexp(static_cast<float>(fraction | 1u << FRACTION),
-                                         exponent - BIAS - FRACTION)
-                            : std::ldexp(static_cast<float>(fraction), 1 - BIAS - FRACTION);
+    // The same exponent counts from another bias in a float, whose subnormals are exact here too.
+    unsigned field = (__x & 0x7fffu) << (23 - FRACTION);
+    float scaled = bits<float>(field) * bits<float>(static_cast<unsigned>(254 - BIAS) << 23);
     return sign ? -scaled : scaled;
   }
 
@@ -46,9 +46,10 @@ struct Half {
     constexpr unsigned infinite = ((1u << EXPONENT) - 1) << FRACTION;
     double size = std::fabs(value);
     if (std::isnan(value)) return static_cast<unsigned short>(0x7fff);
-    int exponent = 0;
     if (std::isinf(value)) return static_cast<unsigned short>(sign | infinite);
-    if (size > 0) std::frexp(size, &exponent);  // size is in [0.5, 1) times 2 ** exponent
+    if (size == 0) return static_cast<unsigned short>(sign);
+    int exponent;
+    std::frexp(size, &exponent);  // size is in [0.5, 1) times 2 ** exponent
     exponent = exponent - 1 < 1 - BIAS ? 1 - BIAS : exponent - 1;
     double steps = std::nearbyint(std::ldexp(size, FRACTION - exponent));
     auto whole = static_cast<unsigned>(steps) +
