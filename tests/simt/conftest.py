@@ -38,18 +38,20 @@ Array = npt.NDArray[Any]
 Size = tuple[int, int, int]
 Shape = tuple[int, ...]
 # Plain C++ for the emulator; what a kernel is compiled with tells it of every access.
-_PLAIN = ("-std=c++17", "-O2", "-w", "-fno-pie", "-U_FORTIFY_SOURCE")
+_PLAIN = ("-std=c++17", "-O2", "-w", "-fPIC", "-U_FORTIFY_SOURCE")
 _CHECKED = (
     "-std=c++17",
     "-O1",
     "-w",
     "-g1",
-    "-fno-pie",
+    "-fPIC",
     "-fsanitize=thread",
     "-fsanitize=alignment,bounds",
     "-fno-strict-aliasing",  # sources take a float4 from a float's address, as nvcc allows
     "-ffp-contract=off",
 )
+# Without the sanitizers' own libraries: the emulator has the functions that they would give.
+_LINKED = ("-shared", "-nodefaultlibs", "-lm", "-lc")
 _SHARED = re.compile(
     r"(?P<dynamic>extern\s+)?(?:static\s+)?__shared__\s+"
     r"(?:(?:alignas|__align__)\s*\(\s*(?P<align>\d+)\s*\)\s*)?"
@@ -149,9 +151,10 @@ def translate(source: str) -> str:
 class Program:
     """The kernels of one source, compiled."""
 
-    def __init__(self, source: str, path: Path) -> None:
+    def __init__(self, source: str, path: Path, runner: Path) -> None:
         self.source = source
         self.path = path
+        self.runner = runner
         self.kernels = tuple(kernels_of(source))
         self._lines = source.splitlines()
         self._runs = itertools.count()
@@ -200,16 +203,21 @@ class Program:
         files = [self.path.with_suffix(f".{next(self._runs)}.{end}") for end in ("in", "out")]
         files[0].write_bytes(head.encode() + b"".join(arrays[name].tobytes() for name in given))
         done = subprocess.run(
-            [self.path, *files], capture_output=True, text=True, timeout=timeout, check=False
+            [self.runner, self.path, *files],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         assert done.returncode == 0, f"the emulator refused: {done.stderr}"
         result = files[1].read_bytes()
         for file in files:
             file.unlink()
         found, _, data = result.partition(b"end\n")
-        return Run(dict(_split(data, arrays)), self._findings(found.decode()))
+        return Run(dict(_split(data, arrays)), self.findings(found.decode()))
 
-    def _findings(self, text: str) -> list[Finding]:
+    def findings(self, text: str) -> list[Finding]:
+        """The findings that the emulator wrote."""
         rows = [line.split("\t", 4) for line in text.splitlines()]
         lines = self._lines_of([pc for _, line, pc, _, _ in rows if line == "0"])
         found = []
@@ -225,7 +233,7 @@ class Program:
         if not addresses or tool is None:
             return {}
         found = {}
-        for address in set(addresses) - {"(nil)"}:
+        for address in set(addresses) - {"0"}:
             before = hex(int(address, 16) - 1)  # the call itself
             frames = subprocess.run(
                 [tool, "-i", "-e", self.path, before], capture_output=True, text=True, check=True
@@ -270,11 +278,16 @@ class Emulator:
         assert compiler, "a C++ compiler is needed: install g++ or clang++"
         self.compiler = compiler
         self._programs: dict[str, Program] = {}
-        self._objects = [folder / f"{file.stem}.o" for file in sorted(code.glob("*.cpp"))]
+        self.library = folder / "libsimt.so"
+        self.runner = folder / "runner"
+        objects = [folder / f"{file.stem}.o" for file in sorted(code.glob("*.cpp"))]
         self._together(
-            (*_PLAIN, "-c", str(code / f"{made.stem}.cpp"), "-o", str(made))
-            for made in self._objects
+            (*_PLAIN, "-c", str(code / f"{made.stem}.cpp"), "-o", str(made)) for made in objects
         )
+        main = folder / "main.o"
+        engine = [str(made) for made in objects if made != main]
+        self._together([("-shared", *engine, "-o", str(self.library), "-ldl")])
+        self._together([(str(main), str(self.library), "-o", str(self.runner))])
 
     def compile(self, source: str) -> Program:
         """The program of one source."""
@@ -286,17 +299,13 @@ class Emulator:
         for source in dict.fromkeys(sources):
             if source in self._programs:
                 continue
-            path = self.folder / f"program{len(self._programs)}"
+            path = self.folder / f"program{len(self._programs)}.so"
             file = path.with_suffix(".cpp")
             file.write_text(translate(source), encoding="utf-8")
-            made = [str(path.with_suffix(".o"))]
-            commands.append((*_CHECKED, f"-I{self.code}", "-c", str(file), "-o", *made))
-            self._programs[source] = Program(source, path)
+            words = (f"-I{self.code}", str(file), str(self.library), "-o", str(path))
+            commands.append((*_CHECKED, *_LINKED, *words))
+            self._programs[source] = Program(source, path, self.runner)
         self._together(commands)
-        self._together(
-            ("-no-pie", command[-1], *map(str, self._objects), "-o", command[-1][:-2])
-            for command in commands
-        )
         return [self._programs[source] for source in sources]
 
     def _together(self, commands: Iterable[Sequence[str]]) -> None:

@@ -20,7 +20,7 @@ struct Access {
   uint32_t block_epoch = 0;
   uint32_t warp_clock = 0;
   uint16_t cluster_epoch = 0;
-  uint16_t grid_epoch = 0;
+  uint32_t grid_epoch = 0;
 };
 
 // The last write and two of the reads since, for one element.
@@ -42,6 +42,7 @@ struct Region {
   std::vector<Cell> cells;
   std::vector<uint8_t> written;
   Block* owner = nullptr;
+  bool gone = false;  // given back
 };
 
 enum class Wait { none, exited, block, cluster, grid, warp, active_mask };
@@ -103,7 +104,7 @@ struct Launch {
   size_t dynamic_shared = 0;
   bool cooperative = false;
   std::vector<Value> args;
-  uint16_t epoch = 0;  // at its start; a barrier of the grid adds one
+  uint32_t epoch = 0;  // at its start; a barrier of the grid adds one
 };
 
 extern Thread* current;
@@ -114,6 +115,7 @@ extern std::mt19937 randomness;
 void report(const char* kind, const std::string& where, const std::string& text, int line,
             const void* pc = nullptr);
 void write_findings(FILE* file);
+void clear_findings();
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 std::string thread_name(uint32_t thread_in_grid);
 
@@ -122,20 +124,28 @@ Region* allocate(const std::string& name, Role role, size_t size, unsigned granu
                  unsigned misalignment);
 size_t arena_mark();
 void arena_release(size_t mark);
+void arena_clear();
+void give_back(Region& region);
+Region* region_at(uintptr_t address);
+void fill(Region& region, const void* data);
 void access(uintptr_t address, size_t size, bool write, const void* pc);
 bool ordered(const Access& before, const Thread& now);
 void check_outputs();
 constexpr size_t STACK = 256 * 1024;
 
+// programs.cpp
+const Kernel* load_program(const char* path);
+const Kernel* kernel_named(const Kernel* first, const char* name);
+
 // fibers.cpp
 void resume(Thread& thread);
 void suspend();
+void reset(Thread& thread);
 void prepare(Thread& thread, void (*body)());
 
 // schedule.cpp
-void run(Launch& launch);
-[[noreturn]] void abandon();
-extern void (*at_abandon)();
+bool run(Launch& launch);  // false: it was abandoned
+void abandon();            // ends the run; the calling thread of a kernel does not come back
 void make_ready(Thread& thread);
 void block_on(Wait wait, int line);
 unsigned threads_per_block();

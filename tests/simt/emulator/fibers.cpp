@@ -56,6 +56,9 @@ void resume(Thread& thread) {
   current = nullptr;
 }
 
+// The thread is somewhere in a kernel that nobody will finish.
+void reset(Thread& thread) { thread.started = false; }
+
 void suspend() {
   if (_setjmp(current->context) == 0) _longjmp(scheduler, 1);
 }

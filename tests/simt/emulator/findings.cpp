@@ -1,5 +1,7 @@
 // What a run has to report: each kind of finding once a place, with a count.
 
+#include <dlfcn.h>
+
 #include <cstdarg>
 #include <cstdio>
 #include <map>
@@ -38,11 +40,19 @@ void report(const char* kind, const std::string& where, const std::string& text,
   if (finding.count++ == 0) finding.text = text;
 }
 
+// A finding a line: kind, line of the source, else an address in the program, count, text, program.
 void write_findings(FILE* file) {
-  for (const auto& [key, finding] : findings)
-    fprintf(file, "%s\t%d\t%p\t%ld\t%s\n", std::get<0>(key).c_str(), std::get<2>(key),
-            std::get<3>(key), finding.count, finding.text.c_str());
+  for (const auto& [key, finding] : findings) {
+    const char* pc = static_cast<const char*>(std::get<3>(key));
+    Dl_info info = {};
+    if (pc) dladdr(pc, &info);
+    fprintf(file, "%s\t%d\t%zx\t%ld\t%s\n", std::get<0>(key).c_str(), std::get<2>(key),
+            static_cast<size_t>(pc - static_cast<char*>(info.dli_fbase)), finding.count,
+            finding.text.c_str());
+  }
 }
+
+void clear_findings() { findings.clear(); }
 
 std::string thread_name(uint32_t thread_in_grid) {
   unsigned in_block = threads_per_block();

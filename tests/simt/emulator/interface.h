@@ -39,12 +39,13 @@ struct Kernel {
   const char* name;
   unsigned max_threads;  // of __launch_bounds__, 0 where there is none
   unsigned parameters;
-  const char* kinds;  // of each parameter: p, i or f
+  const char* kinds;  // a letter a parameter: p pointer, b h i l integers of 1, 2, 4, 8 bytes, f, d
   void (*invoke)(void (*function)(), const Value* args);
   void (*function)();
   const Kernel* next;
 };
 
+// Called as a program is loaded, for each of its kernels.
 void register_kernel(Kernel* kernel);
 
 // Shared memory of the block that is running. `id` tells the declarations of a source apart; 0 is
@@ -75,6 +76,6 @@ unsigned cluster_rank();
 uint3 cluster_dim();
 unsigned lane_index();
 void atomic_used(const char* name, int line);
-[[noreturn]] void trap(const char* what, int line);
+void trap(const char* what, int line);
 
 }  // namespace simt

@@ -83,14 +83,14 @@ void read_launch(FILE* file) {
   made.block = {sizes[3], sizes[4], sizes[5]};
   made.cluster = {sizes[6], sizes[7], sizes[8]};
   made.cooperative = cooperative;
-  for (made.kernel = kernels; made.kernel && strcmp(made.kernel->name, name);)
-    made.kernel = made.kernel->next;
+  made.kernel = simt::kernel_named(kernels, name);
   if (!made.kernel) refuse(std::string("no kernel of that name: ") + name);
   if (made.kernel->parameters != count)
     refuse(simt::format("%s takes %u arguments, %u came", name, made.kernel->parameters, count));
   for (unsigned i = 0; i < count; ++i) {
     made.args.push_back(read_argument(file));
-    if (made.kernel->kinds[i] != "pif"[made.args[i].kind])
+    const char* fitting[] = {"p", "bhil", "fd"};
+    if (!strchr(fitting[made.args[i].kind], made.kernel->kinds[i]))
       refuse(simt::format("%s: argument %u is of another kind", name, i));
   }
   launches.push_back(made);
@@ -119,9 +119,10 @@ void read_request(const char* path) {
   for (simt::Region* array : arrays) {
     bool given = array->role == simt::Role::input || array->role == simt::Role::update;
     if (!given) continue;
-    if (fread(reinterpret_cast<void*>(array->base), 1, array->size, file) != array->size)
+    std::vector<char> data(array->size);
+    if (fread(data.data(), 1, array->size, file) != array->size)
       refuse("the bytes of an array are missing");
-    std::fill(array->written.begin(), array->written.end(), 1);
+    simt::fill(*array, data.data());
   }
   fclose(file);
 }
@@ -140,23 +141,14 @@ void catch_faults() {
 
 }  // namespace
 
-void simt::register_kernel(Kernel* kernel) {
-  kernel->next = kernels;
-  kernels = kernel;
-}
-
 int main(int count, char** words) {
-  if (count != 3) refuse("usage: PROGRAM REQUEST RESULTS");
-  output_path = words[2];
-  read_request(words[1]);
+  if (count != 4) refuse("usage: runner PROGRAM REQUEST RESULTS");
+  kernels = simt::load_program(words[1]);
+  output_path = words[3];
+  read_request(words[2]);
   catch_faults();
-  simt::at_abandon = write_results;
-  unsigned epoch = 1;
-  for (simt::Launch& each : launches) {
-    each.epoch = static_cast<uint16_t>(epoch);
-    simt::run(each);
-    epoch += 1000;  // more than there are barriers of the grid in a launch
-  }
-  simt::check_outputs();
+  bool complete = true;
+  for (simt::Launch& each : launches) complete = complete && simt::run(each);
+  if (complete) simt::check_outputs();
   write_results();
 }

@@ -1,20 +1,18 @@
 // Arrays in one reserved range of addresses, and the check of every access a kernel makes.
 //
-// Kernels are compiled with -fsanitize=thread and -fsanitize=alignment,bounds, but linked with the
-// functions below in place of the sanitizers' libraries: the compiler calls them at each load and
-// store with its address and size. Each array has slots of its own, so that an address just outside
-// an array is still known as that array's.
+// Each array has slots of its own, so that an address just outside an array is still known as that
+// array's.
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
 #include "engine.h"
-
-extern char __executable_start, _end;  // of the program, from the linker
 
 namespace simt {
 
@@ -136,15 +134,35 @@ void arena_release(size_t mark) {
   while (!regions.empty() && regions.back()->owner) regions.pop_back();
 }
 
+void arena_clear() {
+  while (next_slot) owners[--next_slot] = nullptr;
+  regions.clear();
+}
+
+// The array an address belongs to or is nearest to; null where none ever was.
+Region* region_at(uintptr_t address) {
+  return arena && address - arena < SLOTS * SLOT ? owners[(address - arena) / SLOT] : nullptr;
+}
+
+void give_back(Region& region) {
+  region.gone = true;
+  std::vector<Cell>().swap(region.cells);
+}
+
+void fill(Region& region, const void* data) {
+  memcpy(reinterpret_cast<void*>(region.base), data, region.size);
+  std::fill(region.written.begin(), region.written.end(), 1);
+}
+
 void access(uintptr_t address, size_t size, bool write, const void* pc) {
   if (!current || address - reinterpret_cast<uintptr_t>(current->stack) < STACK) return;
-  Region* found = address - arena < SLOTS * SLOT ? owners[(address - arena) / SLOT] : nullptr;
+  Region* found = region_at(address);
   if (!found) {
-    bool program = address >= reinterpret_cast<uintptr_t>(&__executable_start) &&
-                   address < reinterpret_cast<uintptr_t>(&_end);
-    if (!program)
-      report("out-of-bounds", "nowhere",
-             format("%zu bytes %s where no array is", size, verb(write)), 0, pc);
+    Dl_info program;
+    if (dladdr(reinterpret_cast<void*>(address), &program)) return;  // a constant of the source
+    report("out-of-bounds", "nowhere",
+           format("%zu bytes %s where no array is", size, verb(write)), 0, pc);
+    abandon();
     return;
   }
   Region& region = *found;
@@ -154,6 +172,11 @@ void access(uintptr_t address, size_t size, bool write, const void* pc) {
            format("%s %s: %zu bytes at an array of %zu", element(region, offset).c_str(),
                   verb(write), size, region.size),
            0, pc);
+    return;
+  }
+  if (region.gone) {
+    report("given-back", region.name, element(region, offset) + " has been given back", 0, pc);
+    abandon();
     return;
   }
   if (write && region.role == Role::input)
@@ -188,74 +211,3 @@ void check_outputs() {
 }
 
 }  // namespace simt
-
-// The functions that the compiler's instrumentation calls.
-extern "C" {
-
-#define SIMT_HOOK(name, size, write)                                                    \
-  void name(void* address) {                                                            \
-    simt::access(reinterpret_cast<uintptr_t>(address), size, write,                     \
-                 __builtin_return_address(0));                                          \
-  }
-#define SIMT_HOOKS(size)                              \
-  SIMT_HOOK(__tsan_read##size, size, false)           \
-  SIMT_HOOK(__tsan_write##size, size, true)           \
-  SIMT_HOOK(__tsan_unaligned_read##size, size, false) \
-  SIMT_HOOK(__tsan_unaligned_write##size, size, true) \
-  SIMT_HOOK(__tsan_volatile_read##size, size, false)  \
-  SIMT_HOOK(__tsan_volatile_write##size, size, true)
-SIMT_HOOKS(1)
-SIMT_HOOKS(2)
-SIMT_HOOKS(4)
-SIMT_HOOKS(8)
-SIMT_HOOKS(16)
-
-void __tsan_read_range(void* address, size_t size) {
-  simt::access(reinterpret_cast<uintptr_t>(address), size, false, __builtin_return_address(0));
-}
-
-void __tsan_write_range(void* address, size_t size) {
-  simt::access(reinterpret_cast<uintptr_t>(address), size, true, __builtin_return_address(0));
-}
-
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-void __tsan_vptr_update(void**, void*) {}
-
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-struct TypeName {
-  uint16_t kind, info;
-  char name[1];
-};
-struct Mismatch {
-  SourceLocation location;
-  const TypeName* type;
-  unsigned char log_alignment, check;
-};
-struct OutOfBounds {
-  SourceLocation location;
-  const TypeName *array, *index;
-};
-
-// A device faults here, and this host may: the run ends.
-void __ubsan_handle_type_mismatch_v1(Mismatch* data, uintptr_t address) {
-  if (!simt::current) return;
-  simt::report("misaligned", data->type->name,
-               simt::format("%s at an address that is %u modulo %u", data->type->name,
-                            static_cast<unsigned>(address % (1u << data->log_alignment)),
-                            1u << data->log_alignment),
-               static_cast<int>(data->location.line));
-  simt::abandon();
-}
-
-void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-  simt::report("out-of-bounds", data->array->name,
-               simt::format("index %ld of %s", static_cast<long>(static_cast<int32_t>(index)),
-                            data->array->name),
-               static_cast<int>(data->location.line));
-}
-}

@@ -11,11 +11,12 @@ namespace simt {
 
 Launch* launch = nullptr;
 std::mt19937 randomness;
-void (*at_abandon)() = nullptr;
 
 namespace {
 
 std::vector<Thread*> ready;
+bool abandoned = false;
+uint32_t epoch = 0;  // of the grid, over all launches
 std::vector<std::unique_ptr<Thread>> pool;
 constexpr size_t STATIC_SHARED = 48 * 1024, ALL_SHARED = 227 * 1024;
 
@@ -151,7 +152,7 @@ void run_group(const std::vector<unsigned>& indices) {
   Group group;
   size_t mark = arena_mark();
   set_up(group, indices);
-  while (!ready.empty()) {
+  while (!ready.empty() && !abandoned) {
     unsigned at = pick(static_cast<unsigned>(ready.size()));
     Thread* thread = ready[at];
     ready[at] = ready.back();
@@ -159,9 +160,14 @@ void run_group(const std::vector<unsigned>& indices) {
     resume(*thread);
   }
   if (group.barrier.exited < group.barrier.members) {
-    report_deadlock(group);
-    abandon();
+    if (!abandoned) report_deadlock(group);
+    abandoned = true;
+    ready.clear();
+    for (auto& thread : pool) reset(*thread);
+    arena_release(mark);
+    return;
   }
+  if (launch->cooperative) epoch += group.barrier.epoch;
   for (Block& block : group.blocks) {
     size_t fixed = block.shared_bytes;
     if (fixed > STATIC_SHARED || fixed + launch->dynamic_shared > ALL_SHARED)
@@ -216,12 +222,14 @@ void block_on(Wait wait, int line) {
 }
 
 void abandon() {
-  if (at_abandon) at_abandon();
-  std::_Exit(0);
+  abandoned = true;
+  if (current) suspend();
 }
 
-void run(Launch& next) {
+bool run(Launch& next) {
   launch = &next;
+  launch->epoch = ++epoch;
+  abandoned = false;
   const dim3 &grid = next.grid, &cluster = next.cluster;
   unsigned threads = volume(next.block), limit = next.kernel->max_threads;
   std::string wrong;
@@ -237,9 +245,11 @@ void run(Launch& next) {
     wrong = format("%zu bytes of dynamic shared memory", next.dynamic_shared);
   if (!wrong.empty()) {
     report("launch", next.kernel->name, std::string(next.kernel->name) + ": " + wrong, 0);
-    abandon();
+    return false;
   }
-  for (const auto& group : groups()) run_group(group);
+  for (const auto& group : groups())
+    if (!abandoned) run_group(group);
+  return !abandoned;
 }
 
 // What kernels call ---------------------------------------------------------------------------

@@ -51,6 +51,7 @@ void* map_shared(const void* address, unsigned rank, int line) {
   }
   report("out-of-bounds", "cluster", format("no shared memory of rank %u to map", rank), line);
   abandon();
+  return nullptr;
 }
 
 }  // namespace simt

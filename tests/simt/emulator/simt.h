@@ -42,7 +42,11 @@ namespace simt {
 
 // How a kernel's parameters are taken from a request.
 template <class T>
-constexpr char parameter_kind = std::is_pointer_v<T> ? 'p' : std::is_integral_v<T> ? 'i' : 'f';
+constexpr char parameter_kind = std::is_pointer_v<T>          ? 'p'
+                                : std::is_same_v<T, float>    ? 'f'
+                                : std::is_same_v<T, double>   ? 'd'
+                                : !std::is_integral_v<T>      ? '?'
+                                                              : "?bh?i???l"[sizeof(T)];
 
 template <class T>
 __attribute__((no_sanitize("thread"), always_inline)) inline T take(const Value& value) {

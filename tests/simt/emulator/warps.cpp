@@ -88,6 +88,7 @@ bool complete(Warp& warp, Thread& thread) {
                   name_of(thread.call.op), thread.call.mask),
            thread.line);
     abandon();
+    return false;
   }
   finish(warp, present);
   return true;

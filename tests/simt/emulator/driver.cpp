@@ -1,0 +1,172 @@
+// The part of the CUDA driver's API that launchers use, with the emulator as the device, and what
+// tests need beside it. A module's image is the path of a program.
+
+#include <cstring>
+#include <map>
+
+#include "engine.h"
+
+namespace {
+
+enum { SUCCESS, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
+enum { MAJOR = 75, MINOR = 76, POOLS = 115, MAX_DYNAMIC_SHARED = 8 };
+constexpr int USUAL_SHARED = 48 * 1024;
+
+std::map<const simt::Kernel*, int> allowed_shared;
+std::vector<void*> contexts;
+int one_context, one_pool;
+unsigned allocations = 0;
+
+size_t size_of(char kind) {
+  return kind == 'b' ? 1 : kind == 'h' ? 2 : kind == 'i' || kind == 'f' ? 4 : 8;
+}
+
+simt::Value value_of(char kind, const void* at) {
+  simt::Value value = {};
+  memcpy(&value.address, at, kind == 'p' ? sizeof value.address : 0);
+  if (kind == 'f') {
+    float number;
+    memcpy(&number, at, sizeof number);
+    value.fraction = number;
+  } else if (kind == 'd') {
+    memcpy(&value.fraction, at, sizeof value.fraction);
+  } else if (kind != 'p') {
+    memcpy(&value.whole, at, size_of(kind));  // of a little-endian host
+  }
+  return value;
+}
+
+int allocate(uint64_t* address, size_t size) {
+  std::string name = simt::format("memory%u", allocations++);
+  *address = simt::allocate(name, simt::Role::scratch, size, 2, 256)->base;
+  return SUCCESS;
+}
+
+int give_back(uint64_t address) {
+  simt::Region* region = simt::region_at(address);
+  if (!region || region->base != address) return INVALID_VALUE;
+  simt::give_back(*region);
+  return SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+int cuInit(unsigned) { return SUCCESS; }
+int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+int cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+int cuDeviceGet(int* device, int index) { return *device = index, index ? INVALID_VALUE : SUCCESS; }
+int cuDeviceGetName(char* name, int size, int) {
+  snprintf(name, static_cast<size_t>(size), "SIMT emulator");
+  return SUCCESS;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == MAJOR ? 9 : attribute == POOLS;
+  return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &one_context, SUCCESS; }
+int cuCtxGetCurrent(void** context) {
+  *context = contexts.empty() ? nullptr : contexts.back();
+  return SUCCESS;
+}
+int cuCtxPushCurrent_v2(void* context) { return contexts.push_back(context), SUCCESS; }
+int cuCtxPopCurrent_v2(void** context) {
+  if (contexts.empty()) return INVALID_VALUE;
+  *context = contexts.back();
+  contexts.pop_back();
+  return SUCCESS;
+}
+int cuCtxSynchronize() { return SUCCESS; }
+int cuStreamSynchronize(void*) { return SUCCESS; }
+int cuThreadExchangeStreamCaptureMode(int*) { return SUCCESS; }
+int cuGetErrorName(int status, const char** name) {
+  *name = status == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
+  return SUCCESS;
+}
+int cuGetErrorString(int, const char** text) {
+  *text = "the emulator reported a defect or an argument that is not valid";
+  return SUCCESS;
+}
+
+int cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) {
+  const simt::Kernel* first = simt::load_program(static_cast<const char*>(image));
+  *module = const_cast<simt::Kernel*>(first);
+  return first ? SUCCESS : INVALID_IMAGE;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  const simt::Kernel* found = simt::kernel_named(static_cast<const simt::Kernel*>(module), name);
+  *function = const_cast<simt::Kernel*>(found);
+  return found ? SUCCESS : NOT_FOUND;
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute != MAX_DYNAMIC_SHARED) return INVALID_VALUE;
+  allowed_shared[static_cast<const simt::Kernel*>(function)] = value;
+  return SUCCESS;
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void*, void** params, void**) {
+  simt::Launch launch;
+  launch.kernel = static_cast<const simt::Kernel*>(function);
+  launch.grid = {gx, gy, gz};
+  launch.block = {bx, by, bz};
+  launch.dynamic_shared = shared;
+  auto allowed = allowed_shared.find(launch.kernel);
+  if (shared > USUAL_SHARED &&
+      (allowed == allowed_shared.end() || static_cast<int>(shared) > allowed->second))
+    return INVALID_VALUE;
+  for (unsigned i = 0; i < launch.kernel->parameters; ++i)
+    launch.args.push_back(value_of(launch.kernel->kinds[i], params[i]));
+  return simt::run(launch) ? SUCCESS : LAUNCH_FAILED;
+}
+
+int cuMemAlloc_v2(uint64_t* address, size_t size) { return allocate(address, size); }
+int cuMemFree_v2(uint64_t address) { return give_back(address); }
+int cuMemPoolCreate(void** pool, const void*) { return *pool = &one_pool, SUCCESS; }
+int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+int cuMemAllocFromPoolAsync(uint64_t* address, size_t size, void*, void*) {
+  return allocate(address, size);
+}
+int cuMemFreeAsync(uint64_t address, void*) { return give_back(address); }
+int cuMemcpyHtoD_v2(uint64_t address, const void* from, size_t size) {
+  simt::Region* region = simt::region_at(address);
+  if (!region || address - region->base + size > region->size) return INVALID_VALUE;
+  memcpy(reinterpret_cast<void*>(address), from, size);
+  for (size_t at = 0; at < size; ++at)
+    region->written[(address - region->base + at) / region->granule] = 1;
+  return SUCCESS;
+}
+int cuMemcpyDtoH_v2(void* to, uint64_t address, size_t size) {
+  simt::Region* region = simt::region_at(address);
+  if (!region || address - region->base + size > region->size) return INVALID_VALUE;
+  memcpy(to, reinterpret_cast<void*>(address), size);
+  return SUCCESS;
+}
+
+// What tests call.
+
+void simt_begin(unsigned seed) {
+  simt::arena_clear();
+  simt::clear_findings();
+  simt::randomness.seed(seed);
+  allocations = 0;
+}
+
+// role: 0 input, 1 output, 2 update, 3 scratch; data: NULL leaves the array unwritten.
+uint64_t simt_allocate(const char* name, int role, size_t size, unsigned granule,
+                       unsigned misalignment, const void* data) {
+  simt::Region* made =
+      simt::allocate(name, static_cast<simt::Role>(role), size, granule, 256 + misalignment);
+  if (data) simt::fill(*made, data);
+  return made->base;
+}
+
+int simt_finish(const char* path) {
+  simt::check_outputs();
+  FILE* file = fopen(path, "wb");
+  if (!file) return 1;
+  simt::write_findings(file);
+  return fclose(file);
+}
+}
