@@ -329,3 +329,9 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 def launch() -> Callable[..., Launch]:
     """Makes a `Launch`: kernel, grid, block, args, then shared=, cluster=, cooperative=."""
     return Launch
+
+
+@pytest.fixture(scope="session")
+def numpy_dtype() -> Callable[[str], np.dtype[Any]]:
+    """The NumPy dtype of a name, bfloat16 among them."""
+    return numpy_type
