@@ -227,6 +227,20 @@ def run(emulator: Any, launch: Any, each: Case, source: str, seed: int) -> Any:
     )
 
 
+def broken(name: str) -> str:
+    """The source of a case with its defect in it."""
+    base, old, new, _ = BROKEN[name]
+    source = CASES[base].source
+    assert old in source
+    return source.replace(old, new, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(emulator: Any) -> None:
+    """All of them compiled side by side."""
+    emulator.compile_all([case.source for case in CASES.values()] + [broken(n) for n in BROKEN])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_right_kernel_has_no_findings(name: str, emulator: Any, launch: Any) -> None:
     each = CASES[name]
@@ -236,26 +250,19 @@ def test_a_right_kernel_has_no_findings(name: str, emulator: Any, launch: Any) -
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_defect_is_found_in_every_order(name: str, emulator: Any, launch: Any) -> None:
-    base, old, new, kind = BROKEN[name]
-    each = CASES[base]
-    assert old in each.source
-    source = each.source.replace(old, new, 1)
+    base, _, _, kind = BROKEN[name]
     for seed in range(3):
-        assert kind in run(emulator, launch, each, source, seed).kinds
+        assert kind in run(emulator, launch, CASES[base], broken(name), seed).kinds
 
 
 def test_a_finding_names_the_element_the_threads_and_the_line(emulator: Any, launch: Any) -> None:
     each = CASES["sums"]
-    broken = each.source.replace("row < rows", "row <= rows")
-    [beyond] = [
-        each
-        for each in run(emulator, launch, each, broken, 0).findings
-        if each.kind == "out-of-bounds" and each.text.startswith("x")
-    ]
+    found = run(emulator, launch, each, broken("rows off by one"), 0).findings
+    [beyond] = [f for f in found if f.kind == "out-of-bounds" and f.text.startswith("x")]
     assert beyond.text.endswith("read: 4 bytes at an array of 2000")
     assert beyond.source == "for (int i = threadIdx.x; i < n; i += 64) sum += x[row * n + i];"
-    broken = each.source.replace(f"1];\n    {SYNC}", "1];")
-    races = [f.text for f in run(emulator, launch, each, broken, 0).findings if f.kind == "race"]
+    found = run(emulator, launch, each, broken("barrier before the next row removed"), 0).findings
+    races = [f.text for f in found if f.kind == "race"]
     assert any(
         text.startswith("parts[")
         and "read by thread" in text
