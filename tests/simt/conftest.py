@@ -65,7 +65,10 @@ _BOUND = re.compile(r"__launch_bounds__\s*\(\s*(\d+)")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: arguments are names of arrays, None for a null pointer, or numbers."""
+    """One launch: arguments are names of arrays, None for a null pointer, or numbers.
+
+    "x+8" points 8 bytes behind the beginning of x.
+    """
 
     kernel: str
     grid: Size
@@ -252,7 +255,8 @@ def _request(launch: Launch, names: Sequence[str]) -> list[str]:
         if arg is None:
             lines.append("n")
         elif isinstance(arg, str):
-            lines.append(f"a {names.index(arg)}")
+            name, _, offset = arg.partition("+")
+            lines.append(f"a {names.index(name)} {offset or 0}")
         elif isinstance(arg, int | np.integer):
             lines.append(f"i {int(arg)}")
         else:

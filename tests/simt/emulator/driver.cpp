@@ -16,22 +16,29 @@ std::map<const simt::Kernel*, int> allowed_shared;
 std::vector<void*> contexts;
 int one_context, one_pool;
 unsigned allocations = 0;
+std::string launched, allocated;  // what a request to run the same again would say
 
-size_t size_of(char kind) {
-  return kind == 'b' ? 1 : kind == 'h' ? 2 : kind == 'i' || kind == 'f' ? 4 : 8;
+template <class T>
+T read(const void* at) {
+  T value;
+  memcpy(&value, at, sizeof value);
+  return value;
 }
 
 simt::Value value_of(char kind, const void* at) {
   simt::Value value = {};
-  memcpy(&value.address, at, kind == 'p' ? sizeof value.address : 0);
-  if (kind == 'f') {
-    float number;
-    memcpy(&number, at, sizeof number);
-    value.fraction = number;
-  } else if (kind == 'd') {
-    memcpy(&value.fraction, at, sizeof value.fraction);
-  } else if (kind != 'p') {
-    memcpy(&value.whole, at, size_of(kind));  // of a little-endian host
+  if (kind == 'p') {
+    value.kind = simt::Value::pointer;
+    value.address = read<void*>(at);
+  } else if (kind == 'f' || kind == 'd') {
+    value.kind = simt::Value::real;
+    value.fraction = kind == 'f' ? static_cast<double>(read<float>(at)) : read<double>(at);
+  } else {
+    value.kind = simt::Value::integer;
+    value.whole = kind == 'b'   ? read<int8_t>(at)
+                  : kind == 'h' ? read<int16_t>(at)
+                  : kind == 'i' ? read<int32_t>(at)
+                                : read<int64_t>(at);
   }
   return value;
 }
@@ -39,7 +46,27 @@ simt::Value value_of(char kind, const void* at) {
 int allocate(uint64_t* address, size_t size) {
   std::string name = simt::format("memory%u", allocations++);
   *address = simt::allocate(name, simt::Role::scratch, size, 2, 256)->base;
+  allocated += simt::format("%s %zu\n", name.c_str(), size);
   return SUCCESS;
+}
+
+void note(const simt::Launch& launch) {
+  const dim3 &grid = launch.grid, &block = launch.block;
+  launched += simt::format("%s %u %u %u %u %u %u %zu", launch.kernel->name, grid.x, grid.y, grid.z,
+                           block.x, block.y, block.z, launch.dynamic_shared);
+  for (const simt::Value& arg : launch.args) {
+    auto address = reinterpret_cast<uintptr_t>(arg.address);
+    const simt::Region* array = simt::region_at(address);
+    if (arg.kind == simt::Value::pointer && array)
+      launched += simt::format(" a:%s+%zu", array->name.c_str(), address - array->base);
+    else if (arg.kind == simt::Value::pointer)
+      launched += " n:";
+    else if (arg.kind == simt::Value::integer)
+      launched += simt::format(" i:%lld", static_cast<long long>(arg.whole));
+    else
+      launched += simt::format(" f:%a", arg.fraction);
+  }
+  launched += "\n";
 }
 
 int give_back(uint64_t address) {
@@ -118,6 +145,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     return INVALID_VALUE;
   for (unsigned i = 0; i < launch.kernel->parameters; ++i)
     launch.args.push_back(value_of(launch.kernel->kinds[i], params[i]));
+  note(launch);
   return simt::run(launch) ? SUCCESS : LAUNCH_FAILED;
 }
 
@@ -151,6 +179,7 @@ void simt_begin(unsigned seed) {
   simt::clear_findings();
   simt::randomness.seed(seed);
   allocations = 0;
+  launched = allocated = "";
 }
 
 // role: 0 input, 1 output, 2 update, 3 scratch; data: NULL leaves the array unwritten.
@@ -162,11 +191,13 @@ uint64_t simt_allocate(const char* name, int role, size_t size, unsigned granule
   return made->base;
 }
 
+// The findings, what was allocated, and the launches; a line of dashes between them.
 int simt_finish(const char* path) {
   simt::check_outputs();
   FILE* file = fopen(path, "wb");
   if (!file) return 1;
   simt::write_findings(file);
+  fprintf(file, "---\n%s---\n%s", allocated.c_str(), launched.c_str());
   return fclose(file);
 }
 }

@@ -3,7 +3,7 @@
 //   seed N
 //   array NAME ROLE BYTES GRANULE MISALIGNMENT
 //   launch KERNEL gx gy gz bx by bz cx cy cz SHARED COOPERATIVE ARGUMENTS
-//   a INDEX | n | i INTEGER | f REAL                       one line an argument
+//   a INDEX BYTES | n | i INTEGER | f REAL                 one line an argument
 //   end, then the bytes of all arrays
 
 #include <csignal>
@@ -55,16 +55,16 @@ simt::Value read_argument(FILE* file) {
   char kind;
   simt::Value value = {};
   if (fscanf(file, " %c", &kind) != 1) refuse("an argument is missing");
-  size_t index = 0;
+  size_t index = 0, offset = 0;
   long long whole = 0;
   value.kind = kind == 'i' ? simt::Value::integer
                : kind == 'f' ? simt::Value::real : simt::Value::pointer;
-  bool read = kind == 'n' || (kind == 'a' && fscanf(file, "%zu", &index) == 1) ||
+  bool read = kind == 'n' || (kind == 'a' && fscanf(file, "%zu %zu", &index, &offset) == 2) ||
               (kind == 'i' && fscanf(file, "%lld", &whole) == 1) ||
               (kind == 'f' && fscanf(file, "%lf", &value.fraction) == 1);
   if (!read) refuse("an argument cannot be read");
   value.whole = whole;
-  if (kind == 'a') value.address = reinterpret_cast<void*>(arrays.at(index)->base);
+  if (kind == 'a') value.address = reinterpret_cast<void*>(arrays.at(index)->base + offset);
   return value;
 }
 
