@@ -49,6 +49,7 @@ _CHECKED = (
     "-fsanitize=alignment,bounds",
     "-fno-strict-aliasing",  # sources take a float4 from a float's address, as nvcc allows
     "-ffp-contract=off",
+    "-fno-exceptions",
 )
 # Without the sanitizers' own libraries: the emulator has the functions that they would give.
 _LINKED = ("-shared", "-nodefaultlibs", "-lm", "-lc")

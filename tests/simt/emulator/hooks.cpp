@@ -4,6 +4,8 @@
 // in place of the sanitizers' libraries: each load and store comes here with its address and size
 // before it happens.
 
+#include <cstring>
+
 #include "engine.h"
 
 extern "C" {
@@ -32,6 +34,24 @@ void __tsan_read_range(void* address, size_t size) {
 
 void __tsan_write_range(void* address, size_t size) {
   simt::access(reinterpret_cast<uintptr_t>(address), size, true, __builtin_return_address(0));
+}
+
+// What clang calls for whole objects.
+void* __tsan_memcpy(void* to, const void* from, size_t size) {
+  __tsan_read_range(const_cast<void*>(from), size);
+  __tsan_write_range(to, size);
+  return memcpy(to, from, size);
+}
+
+void* __tsan_memmove(void* to, const void* from, size_t size) {
+  __tsan_read_range(const_cast<void*>(from), size);
+  __tsan_write_range(to, size);
+  return memmove(to, from, size);
+}
+
+void* __tsan_memset(void* to, int value, size_t size) {
+  __tsan_write_range(to, size);
+  return memset(to, value, size);
 }
 
 void __tsan_func_entry(void*) {}
