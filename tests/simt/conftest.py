@@ -13,8 +13,8 @@ order of chance (`seed`). The compiler calls the emulator at every load and stor
 access is checked for its bounds, for what it reads, and for a barrier between it and what other
 threads do; tests/simt/emulator holds the emulator in C++, one file a role.
 
-No emulator of CUDA C++ was found to rely on in the package registries: oclgrind takes OpenCL,
-Numba's simulator takes Python, HIP-CPU has no warps to speak of and checks nothing.
+The package registries have no emulator for CUDA C++: of Debian's and PyPI's, oclgrind takes OpenCL
+and Numba's simulator takes kernels written in Python.
 """
 
 from __future__ import annotations
