@@ -1,0 +1,71 @@
+"""The generated kernels assemble for sm_80 and sm_90, without spills, and access 16 bytes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import normgraph as ng
+from normgraph.compile import cuda_codegen, cuda_compilers, cuda_report, pipeline, resolve
+
+Images = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    """images(spec, shape, dtype): what NVRTC makes of a forward and a backward; made once."""
+    made: dict[object, dict[str, Any]] = {}
+
+    def make(spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str) -> dict[str, Any]:
+        key = (spec, shape, dtype)
+        if key not in made:
+            target, dump = resolve("cuda"), pipeline.Dump(None)
+            functions = {}
+            for kind in ("forward", "backward"):
+                model = ng.graphs.build(spec, kind, shape=shape, dtype=dtype)
+                scheduled = pipeline.schedule(kind, model, target, dump, lambda line: None)
+                assert scheduled.rule != "plain"
+                functions[kind] = scheduled.func
+            text = cuda_codegen.cuda_source(functions, target).text
+            nvrtc = cuda_compilers.nvrtc()
+            assert nvrtc is not None
+            made[key] = {arch: nvrtc.compile(text, arch) for arch in target.images}
+        return made[key]
+
+    return make
+
+
+CASES = [
+    (ng.NormSpec("batch_norm"), ("N", 64, "H", "W"), "float32"),
+    (ng.NormSpec("instance_norm"), ("N", 64, "H", "W"), "float16"),
+    (ng.NormSpec("group_norm", groups=32), ("N", 64, "H", "W"), "bfloat16"),
+    (ng.NormSpec("layer_norm"), ("N", 768), "float32"),
+    (ng.NormSpec("rms_norm"), ("N", 768), "bfloat16"),
+]
+NAMES = [f"{spec.op}-{dtype}" for spec, _, dtype in CASES]
+
+
+@pytest.mark.parametrize(("spec", "shape", "dtype"), CASES, ids=NAMES)
+def test_kernels_assemble_without_spills(
+    images: Images, spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str
+) -> None:
+    made = images(spec, shape, dtype)
+    for arch in ("sm_80", "sm_90"):
+        found = cuda_report.usage(made[arch].log)
+        assert {name.split("_kernel")[0] for name in found} == {"forward", "backward"}
+        for kernel, used in found.items():
+            assert (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} for {arch}: {used}"
+
+
+@pytest.mark.parametrize(("spec", "shape", "dtype"), CASES, ids=NAMES)
+def test_whole_arrays_are_accessed_by_16_bytes(
+    images: Images, spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str
+) -> None:
+    ptx = images(spec, shape, dtype)["compute_90"].content.rstrip(b"\0").decode()
+    found = cuda_report.accesses(ptx)
+    for kind in ("forward", "backward"):
+        kernels = [each for name, each in found.items() if name.startswith(f"{kind}_kernel")]
+        assert max(each.wide_loads for each in kernels) > 0, kind
+        assert max(each.wide_stores for each in kernels) > 0, kind
