@@ -16,7 +16,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -102,9 +102,27 @@ def _sealed_memory(library: Library) -> Iterator[str]:
         # The loader knows libraries by the text of their paths, and numbers of open files come
         # again. Of each path the number in binary, written in ways to say nothing, tells it apart.
         unique = bin(next(_counter))[2:].replace("0", "/").replace("1", "./")
-        yield f"/proc/self/fd/{unique}{memory}"
+        with _passing_link(f"/proc/self/fd/{unique}{memory}") as path:
+            yield path
     finally:
         os.close(memory)
+
+
+@contextmanager
+def _passing_link(path: str) -> Iterator[str]:
+    """A name for the path that nothing has later.
+
+    tvm_ffi opens every loaded library by its name when it makes an error's backtrace. The number of
+    an open file may then be that of another file, and one that is cut ends the process (SIGBUS).
+    Where no folder can be written to, the path has to do.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="normgraph-"))
+            link = os.path.join(folder, "kernels.so")
+            os.symlink(path, link)
+            path = link
+        yield path
 
 
 @contextmanager

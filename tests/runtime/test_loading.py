@@ -241,3 +241,31 @@ def test_a_system_that_does_not_know_memory_to_run(
 def test_what_the_system_s_loader_refuses(content: bytes) -> None:
     with pytest.raises(ArtifactIncompatible, match=r"system's loader refuses.*from memory"):
         load_library(library_of(content))
+
+
+_OTHER_FILES = """
+import os, sys, tempfile
+import tvm_ffi
+import normgraph as ng
+
+op = ng.load(sys.argv[1])
+for _ in range(64):
+    tempfile.mkstemp(dir=sys.argv[2])
+for _ in range(3):
+    try:
+        tvm_ffi.get_global_func("ffi.Module.load_from_file.so")("/nowhere.so", "so")
+    except RuntimeError:
+        continue
+    raise SystemExit("it loaded")
+"""
+
+
+def test_an_error_s_backtrace_opens_no_other_file(toy: Any, tmp_path: Path) -> None:
+    """It opens loaded libraries by their names; empty files have their old numbers now."""
+    done = subprocess.run(
+        [sys.executable, "-c", _OTHER_FILES, str(toy.artifact("float32")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
