@@ -26,9 +26,12 @@ FILES = (
     "test_dlpack_arrays.py",
     "test_empty.py",
     "test_library.py",
+    "test_loading.py",
     "test_output_pool.py",
+    "test_packed.py",
     "test_pooled_processes.py",
     "test_rules.py",
+    "test_self_test.py",
     "test_self_test_patterns.py",
     "test_threads.py",
 )
