@@ -34,6 +34,7 @@ from normgraph.compile.cuda_kernel import (
     ceildiv,
     cleared,
     counted,
+    finite_or_zero,
     get,
     grow,
     i32,
@@ -287,7 +288,9 @@ class ColumnSlices:
         count = tirx.Var("sampled", dtype)
         stmts.append(tirx.Bind(count, tirx.Cast(dtype, sample.row_end - sample.row)))
         width = self.matrix.vector
-        stmts.append(unrolled(width, lambda v: put(total, get(total, v) / count, v), "v"))
+        stmts.append(
+            unrolled(width, lambda v: put(total, finite_or_zero(get(total, v) / count), v), "v")
+        )
         block.tile.lanes[shift] = total
         steps = [step("near", around), step("squares", Apply(tirx.Mul, (around, around)))]
         sums = block.sums(steps, block.span(), stmts)

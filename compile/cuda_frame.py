@@ -10,7 +10,7 @@ from tvm.ir import Call, TensorLoad
 
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import BINARY, NotCanonical
-from normgraph.compile.cuda_kernel import VECTOR_BYTES, on_host
+from normgraph.compile.cuda_kernel import VECTOR_BYTES, on_host, rounded_sum
 from normgraph.compile.kernel_frame import Frame, replace_scalars
 from normgraph.compile.slice_plan import SlicePlan
 from normgraph.compile.tensor_program import Node, Scalar, Tensor
@@ -72,9 +72,9 @@ class CudaFrame(Frame):
 
     def __init__(self, plan: SlicePlan, outputs: Sequence[str]) -> None:
         super().__init__(plan, outputs, i64(0))
+        self.widened = {}  # the hardware converts half types in one instruction
         self.workspaces = {}
         self.partials = {}
-        self.widened = {}
         dtypes = {s.op.out.dtype for p in plan.passes for s in p.wide if s.is_sum} or {"float32"}
         if len(dtypes) > 1:
             raise NotCanonical("sums of several types")
@@ -158,7 +158,7 @@ class CudaFrame(Frame):
         """Write or add to an output's element as asked, rounding to its type at the end."""
         assert tensor.output_index is not None
         buffer, at = self.flat[tensor], offset(tensor, position, self.program.extents)
-        grown = _rounded_sum(tirx.BufferLoad(buffer, [at]), value)
+        grown = rounded_sum(tirx.BufferLoad(buffer, [at]), value)
         added = when(self.is_add(tensor.output_index), tirx.BufferStore(buffer, grown, [at]))
         written = tirx.BufferStore(buffer, value, [at])
         return when(self.is_write(tensor.output_index), written, added)
@@ -215,11 +215,3 @@ def _replaced(value: Expr, variables: dict[Any, Expr]) -> Expr:
         args = [_replaced(arg, variables) for arg in value.args]
         return Call(value.op, args, ret_ty=value.ty)
     return tirx.Not(_replaced(value.a, variables)) if isinstance(value, tirx.Not) else value
-
-
-def _rounded_sum(old: Expr, value: Expr) -> Expr:
-    """old + value, rounded once where the value was just rounded to a half type."""
-    if not isinstance(value, tirx.Cast):
-        return tirx.Add(old, value)
-    wide = str(value.value.ty.dtype)
-    return tirx.Cast(str(value.ty.dtype), tirx.Add(tirx.Cast(wide, old), value.value))

@@ -226,3 +226,19 @@ def index(name: str, value: Expr, out: list[Stmt]) -> Expr:
     buffer = registers(1, str(value.ty.dtype), name)
     out.extend([tirx.AllocBuffer(buffer), put(buffer, value)])
     return get(buffer)
+
+
+def rounded_sum(old: Expr, value: Expr) -> Expr:
+    """old + value; of a half type, from what the value was rounded from, and rounded once."""
+    dtype = str(value.ty.dtype)
+    if dtype not in ("float16", "bfloat16"):
+        return old + value
+    exact = value.value if isinstance(value, tirx.Cast) else tirx.Cast("float32", value)
+    return tirx.Cast(dtype, tirx.Cast(str(exact.ty.dtype), old) + exact)
+
+
+def finite_or_zero(value: Expr) -> Expr:
+    """What to centre on: 0 where data has infinities, so that its mean is that of the sum."""
+    dtype = str(value.ty.dtype)
+    finite = tirx.LE(tirx.abs(value), tirx.max_value(dtype))
+    return tirx.Select(finite, value, zero(dtype))

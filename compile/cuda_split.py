@@ -34,6 +34,7 @@ from normgraph.compile.cuda_kernel import (
     ceildiv,
     cleared,
     counted,
+    finite_or_zero,
     get,
     grow,
     i32,
@@ -67,7 +68,7 @@ from normgraph.compile.tir import (
 
 THREADS = 256
 _WARPS = THREADS // WARP
-_RESIDENT = 3  # blocks a multiprocessor has room for: 80 registers a thread
+_RESIDENT = 3  # blocks of a multiprocessor: 80 registers a thread
 # Chunks there should be at least, a few for each of some hundred multiprocessors; what one holds
 # at least and at most, in tiles; and chunks of a slice at most, which every block adds up.
 _CHUNKS = 2112
@@ -292,11 +293,10 @@ class _Chunk:
             )
 
         walk = self._tiles(span, one)
-        stmts.append(walk if totals else when(self._any_output(), walk))
+        if not totals:
+            walk = when(self.frame.any_of(map(self.frame.output_of, self.stage.outputs)), walk)
+        stmts.append(walk)
         self._store_parts([*totals.values()], 0, stmts)
-
-    def _any_output(self) -> Expr | None:
-        return self.frame.any_of({self.frame.output_of(s) for s in self.stage.outputs})
 
     def _centred(self, found: Match, span: Span, stmts: list[Stmt]) -> None:
         dtype, x = found.total.op.out.dtype, found.total.value
@@ -321,7 +321,7 @@ class _Chunk:
         columns = tirx.Min(bits[1], span.column_end - span.column)
         rows = tirx.Min(bits[0], self._count(span.row, span.row_end))
         count = tirx.Cast(dtype, rows * columns * self.split.vector)
-        self.settler.take(shift, get(buffer) / count, stmts)
+        self.settler.take(shift, finite_or_zero(get(buffer) / count), stmts)
         totals = _totals(sums)
         stmts += [cleared(each) for each in totals.values()]
 

@@ -25,13 +25,13 @@ from normgraph.compile.cuda_kernel import (
     move,
     put,
     registers,
+    rounded_sum,
     unrolled,
     value_of,
 )
 from normgraph.compile.cuda_kernel import (
     index as named_index,
 )
-from normgraph.compile.kernel_frame import rounded_sum
 from normgraph.compile.slice_plan import Step, distinct
 from normgraph.compile.tensor_program import Node, Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, both, constant, i64, seq, when
