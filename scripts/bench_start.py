@@ -78,7 +78,8 @@ def start(path: str | os.PathLike[str], sizes: Mapping[str, int]) -> Start:
     if done.returncode:
         raise ArtifactError(f"{path}: a process that loads and calls it failed: {done.stderr}")
     found = json.loads(done.stdout)
-    return Start(*zip(*found["steps"], strict=True), tuple(found["modules"]))
+    wall, processor, memory = zip(*found["steps"], strict=True)
+    return Start(wall, processor, memory, tuple(found["modules"]))
 
 
 def sizes_of(declared: Sequence[int | str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The generated kernels assemble for sm_80 and sm_90, without spills, and access 16 bytes at once."""
+"""The generated kernels assemble for sm_80 and sm_90 without spills, and access 16 bytes."""
 
 from __future__ import annotations
 
