@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -92,8 +93,11 @@ class Cache:
         """The artifact that was stored, or None. One that is damaged is removed."""
         file = self.folder / f"{key}{_ENTRY}"
         try:
-            content = file.read_bytes()
+            content = _read(file)
         except OSError:
+            return None
+        if content is None:
+            say(f"compile cache: {file} is not a file of this user alone, so it is not used")
             return None
         try:
             draft = _unpack(content)
@@ -195,6 +199,19 @@ def _folder() -> Path | None:
     if not os.path.isabs(base):  # the XDG specification has us pass over it then
         base = os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base, "normgraph") if os.path.isabs(base) else None
+
+
+def _read(file: Path) -> bytes | None:
+    """The content, or None of what another user could have written: what comes of it is run."""
+    if not _is_own(file.lstat()):  # a pipe would be waited for
+        return None
+    with open(file, "rb") as stream:
+        return stream.read() if _is_own(os.fstat(stream.fileno())) else None
+
+
+def _is_own(status: os.stat_result) -> bool:
+    plain = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o022
+    return plain and status.st_uid == os.geteuid()
 
 
 def _pack(draft: Draft) -> bytes:

@@ -69,7 +69,7 @@ def folder_at(path: Path) -> Folder:
     """The files of the artifact at `path`, none of which has been read."""
     try:
         packed = path.is_file()
-    except ValueError:  # a character that no file name has; reading says so
+    except (OSError, ValueError):  # no name of a file, or not to be looked at: reading says so
         packed = False
     return Packed(path) if packed else Folder(path)
 

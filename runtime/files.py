@@ -43,7 +43,7 @@ class Folder:
                         f"{file}: expected a plain file, and it is none. {REBUILD}"
                     )
                 with open(opened, "rb", closefd=False) as stream:
-                    content = stream.read(most)
+                    content = stream.read(min(most, status.st_size))
             finally:
                 os.close(opened)
         except (FileNotFoundError, NotADirectoryError):

@@ -23,6 +23,15 @@ _lock = threading.Lock()
 _asked: int | None = None
 
 
+def _unlock() -> None:
+    """In a forked child: nobody is left there to release the lock, should it have been held."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock)
+
+
 def set_num_threads(n: SupportsIndex, /) -> None:
     """Let each later call of a kernel use at most n threads, the calling one included.
 
@@ -82,7 +91,7 @@ def from_environment() -> int | None:
     text = os.environ.get(VARIABLE, "")
     if not text:
         return None
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_THREADS:
+    if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_THREADS:
         return int(text)
     raise ArgumentError(
         f"{VARIABLE}: expected a whole number from 1 to {MOST_THREADS}, but it is {text!r}. Set it"
@@ -129,7 +138,11 @@ def _lines(file: Path) -> list[str]:
 def _cpus() -> set[int]:
     """The CPUs of all threads together: a pool may have bound the calling one to one of them."""
     cpus: set[int] = set()
-    for thread in os.listdir("/proc/self/task"):
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:  # no /proc here
+        return os.sched_getaffinity(0)
+    for thread in threads:
         try:
             cpus |= os.sched_getaffinity(int(thread))
         except ProcessLookupError:  # it ended meanwhile

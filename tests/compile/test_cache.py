@@ -80,6 +80,25 @@ def test_it_is_for_this_user_alone(kept: Cache, maker: Maker) -> None:
     assert entries(kept)[0].stat().st_mode & 0o777 == 0o600
 
 
+def test_what_others_could_have_written_is_not_used(kept: Cache, maker: Maker) -> None:
+    """What comes from the cache is run."""
+    maker(kept, "a")
+    (file,) = entries(kept)
+    link = file.with_name("elsewhere")
+    changes: list[Callable[[], object]] = [
+        lambda: file.chmod(0o666),
+        lambda: (file.unlink(), os.mkfifo(file)),
+        lambda: (os.replace(file, link), file.symlink_to(link)),
+    ]
+    for turn, change in enumerate(changes):
+        change()
+        maker(kept, "a")
+        assert len(maker.made) == turn + 2
+        assert maker.made == ["a"] * (turn + 2)
+    maker(kept, "a")
+    assert len(maker.made) == len(changes) + 1
+
+
 def test_what_fails_is_not_kept(kept: Cache, maker: Maker) -> None:
     def fail() -> Draft:
         raise RuntimeError("no")

@@ -14,6 +14,7 @@ import pytest
 
 import normgraph as ng
 from normgraph.errors import ArgumentError, ArgumentTypeError
+from normgraph.runtime.threads import from_environment
 
 
 def test_many_threads_get_their_own_answers(op: Any, toy: Any) -> None:
@@ -224,3 +225,47 @@ def test_what_set_num_threads_takes() -> None:
         assert ng.get_num_threads() == 7
     finally:
         ng.set_num_threads(before)
+
+
+_FORK = """
+import os, signal, threading
+import tvm_ffi
+import normgraph as ng
+
+inside, go_on = threading.Event(), threading.Event()
+whole = tvm_ffi.get_global_func
+
+def slow(*args, **kwargs):
+    inside.set()
+    go_on.wait()
+    return whole(*args, **kwargs)
+
+tvm_ffi.get_global_func = slow
+other = threading.Thread(target=ng.set_num_threads, args=(2,))
+other.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    tvm_ffi.get_global_func = whole
+    signal.alarm(20)
+    ng.set_num_threads(1)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+go_on.set()
+other.join()
+raise SystemExit(status)
+"""
+
+
+def test_a_child_forked_while_the_count_is_set() -> None:
+    """The thread that sets it is not in the child, and cannot let go of what it holds there."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORK], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_number_of_many_digits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMGRAPH_NUM_THREADS", "1" * 5000)
+    with pytest.raises(ArgumentError, match="expected a whole number from 1 to 256"):
+        from_environment()
