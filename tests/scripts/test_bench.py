@@ -143,7 +143,9 @@ def test_a_peer_that_raises_is_not_timed(artifact: Path, monkeypatch: pytest.Mon
 
 
 def test_our_own_kernel_must_be_right(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(operator: Any, kind: str, inputs: dict[str, Any], *_: Any, fresh: bool) -> Peer:
+    def wrong(
+        operator: Any, kind: str, inputs: dict[str, Any], *_: Any, fresh: bool, **__: Any
+    ) -> Peer:
         return Peer("normgraph", lambda: {"y": inputs["x"]}, 1, fresh)
 
     monkeypatch.setattr(bench_peers, "ours", wrong)
