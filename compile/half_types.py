@@ -26,7 +26,7 @@ from tvm.target import codegen
 Expr = Any  # a TVM scalar expression; TVM ships no types
 
 HALF_TYPES = ("float16", "bfloat16")
-# No rule makes longer vectors: four registers of 64 bytes, in elements of four.
+# No rule makes longer vectors.
 _MOST_LANES = 128
 _WITHOUT_EFFECTS = 1  # of TVM's kinds of calls
 

@@ -8,10 +8,10 @@ Strategy.
     instead of the mean (`shifted_sums`), values multiplied out and what is the same for a slice
     taken out of its rows (`affine`, `coefficients`).
  2. Slices are spread over the threads, or left to the calling one where there is little to do. A
-    task takes a block of neighbouring slices of at least 12 KB together (where other axes come
+    task takes a block of neighbouring slices of some 12 KB together (where other axes come
     before them, as batch norm's n, 12 KB of each such row), or one slice that is as long as 2 to
-    4 KB. Of arrays that the last-level cache does not hold, blocks are smaller: 4 KB, or one slice
-    of 1 KB. Where a channel's elements lie in rows too short for that, it is read in columns
+    4 KB. Of arrays that fill half of the last-level cache, blocks are smaller: 4 KB, or one slice
+    of 1 KB. (Sizes in float32; other types have as many elements.) Where a channel's elements lie in rows too short for that, it is read in columns
     (`column_work`).
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache.
@@ -90,8 +90,8 @@ from normgraph.compile.tir import (
 
 NAME = "slices"
 
-# A block of slices covers at least this many bytes of consecutive memory, if it has that many. Of
-# arrays that the last-level cache does not hold: fewer, so that reading and writing alternate more.
+# A block of slices covers so many bytes of consecutive memory (in float32), if it has that many. Of
+# arrays that fill half the last-level cache: fewer, so that reading and writing alternate more.
 _RUN_BYTES = 12 * 1024
 _FAR_RUN_BYTES = 4 * 1024
 # A row of so many bytes is done alone, by wider vectors and with its sums in registers; or of half
@@ -107,8 +107,8 @@ _SHORT_ROW_VECTOR = 32
 # Read in columns: rows from which on, and columns up to which, they are all read in order.
 _WHOLE_ROWS = 256
 _WHOLE_COLUMNS = 8192
-# Bytes that the rows of a block should have together, so that L2 holds them; and the columns that
-# it has at least.
+# Bytes that the rows of a block should have together, so that L2 holds them; the columns from which
+# on a block is not made smaller for that; and those from which on not for more tasks.
 _BLOCK_BYTES = 512 * 1024
 _FEWEST_COLUMNS = 256
 _FEWEST_SHARED = 32
@@ -211,7 +211,7 @@ class _Emitter:
         channel_bytes = times(times(self.plan.rows, length), i64(self._read_bytes()))
         cached = tirx.FloorDiv(i64(_BLOCK_BYTES), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
-        # A multiple of eight tasks, so that two to eight threads have even shares.
+        # A multiple of eight tasks where there is enough for them, so that two to eight threads have even shares.
         rounds = _ceildiv(self.slices, times(most, i64(8)))
         even = _ceildiv(self.slices, times(rounds, i64(8)))
         return tirx.Max(even, tirx.Min(most, _ceildiv(i64(_FEWEST_SHARED), length)))
