@@ -8,11 +8,11 @@ Strategy.
     instead of the mean (`shifted_sums`), values multiplied out and what is the same for a slice
     taken out of its rows (`affine`, `coefficients`).
  2. Slices are spread over the threads, or left to the calling one where there is little to do. A
-    task takes a block of neighbouring slices of some 12 KB together (where other axes come
-    before them, as batch norm's n, 12 KB of each such row), or one slice that is as long as 2 to
-    4 KB. Of arrays that fill half of the last-level cache, blocks are smaller: 4 KB, or one slice
-    of 1 KB. (Sizes in float32; other types have as many elements.) Where a channel's elements lie in rows too short for that, it is read in columns
-    (`column_work`).
+    task takes a block of neighbouring slices of some 12 KB together (where other axes come before
+    them, as batch norm's n, 12 KB of each such row), or one slice that is as long as 2 to 4 KB. Of
+    arrays that fill half of the last-level cache, blocks are smaller: 4 KB, or one slice of 1 KB.
+    (Sizes are of float32; other types have as many elements.) Where a channel's elements lie in
+    rows too short for that, it is read in columns (`column_work`).
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache.
  4. What has one element a slice is computed between passes, for the block in vectors
@@ -211,7 +211,7 @@ class _Emitter:
         channel_bytes = times(times(self.plan.rows, length), i64(self._read_bytes()))
         cached = tirx.FloorDiv(i64(_BLOCK_BYTES), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
-        # A multiple of eight tasks where there is enough for them, so that two to eight threads have even shares.
+        # A multiple of eight tasks, if there is enough for them: two to eight threads share evenly.
         rounds = _ceildiv(self.slices, times(most, i64(8)))
         even = _ceildiv(self.slices, times(rounds, i64(8)))
         return tirx.Max(even, tirx.Min(most, _ceildiv(i64(_FEWEST_SHARED), length)))
