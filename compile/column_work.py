@@ -124,7 +124,7 @@ class ColumnWork:
             needs = frozenset[int]().union(*(step.needs for step in sums))
             stmts.append(when(self.frame.any_of(needs), self._sums(sums)))
         stmts += [self._settle(work.after)] if work.after else []
-        kept = [s.op.out for s in (*sums, *work.after) if s.op.out.output_index is not None]
+        kept = [s for s in (*sums, *work.after) if s.op.out.output_index is not None]
         if kept:
             stmts.append(loop(self.channels.count, lambda c: self._keep(kept, c), name="c"))
         for step in work.wide:
@@ -255,15 +255,15 @@ class ColumnWork:
 
         return self._vectors(self.channels.count, one)
 
-    def _keep(self, tensors: list[Tensor], c: Expr) -> Stmt:
+    def _keep(self, steps: list[Step], c: Expr) -> Stmt:
         at = self._position(c)
-        extents = self.frame.program.extents
-        return seq(
-            [
-                self.frame.request_store(t, load(self.memory.locals[t], c), offset(t, at, extents))
-                for t in tensors
-            ]
-        )
+
+        def one(step: Step) -> Stmt:
+            place = offset(step.op.out, at, self.frame.program.extents)
+            value = self.memory.settled(step, at, c)
+            return self.frame.request_store(step.op.out, value, place)
+
+        return seq([one(step) for step in steps])
 
     def _spread(self, steps: Sequence[Step], stmts: list[Stmt]) -> SliceMemory:
         """What these steps read of the channels, an element a column."""

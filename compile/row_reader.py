@@ -79,6 +79,15 @@ class SliceMemory:
             return tirx.BufferLoad(self.locals[tensor], [c])
         return self.frame.load(tensor, offset(tensor, at, self.extents))
 
+    def settled(self, step: Step, at: Position, c: Expr) -> Expr:
+        """The value of a step that is done, for an output.
+
+        Of a half type it is made again, so that what an output is added to is rounded once.
+        """
+        if step.is_sum or step.op.out.dtype not in HALF_TYPES:
+            return tirx.BufferLoad(self.locals[step.op.out], [c])
+        return evaluate(step.value, lambda t: self.read(t, at, c))
+
 
 class RowReader:
     """Makes the values and stores of one row for `row_kernel`.

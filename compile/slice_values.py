@@ -17,7 +17,6 @@ from normgraph.compile.tir import (
     Expr,
     Stmt,
     i64,
-    load,
     loop,
     nest,
     plus,
@@ -121,14 +120,15 @@ class SliceValues:
 
     def keep(self, steps: list[Step]) -> Stmt | None:
         """Store the values of steps where they are wanted."""
-        kept = [step.op.out for step in steps if self._is_kept(step.op.out)]
+        kept = [step for step in steps if self._is_kept(step.op.out)]
         if not kept:
             return None
-        return self.each_slice(lambda c: seq([self._store(tensor, c) for tensor in kept]))
+        return self.each_slice(lambda c: seq([self._store(step, c) for step in kept]))
 
-    def _store(self, tensor: Tensor, c: Expr) -> Stmt:
-        place = offset(tensor, self.position(c), self.extents)
-        value = load(self.memory.locals[tensor], c)
+    def _store(self, step: Step, c: Expr) -> Stmt:
+        tensor, at = step.op.out, self.position(c)
+        place = offset(tensor, at, self.extents)
+        value = self.memory.settled(step, at, c)
         stmts = []
         if tensor in self.frame.workspaces:
             stmts.append(self.frame.store(tensor, value, place))
