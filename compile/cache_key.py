@@ -28,6 +28,7 @@ import normgraph
 from normgraph import graphs as graph_layer
 from normgraph.compile import cuda_compilers, link
 from normgraph.compile.graph_files import Graph
+from normgraph.compile.knobs import knobs
 from normgraph.compile.targets import Target
 
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "onnx", "numpy", "ml_dtypes")
@@ -69,6 +70,7 @@ def build_key(graphs: Sequence[Graph], goals: Sequence[Target], self_test: bool)
             "graphs": [[g.kind, hashlib.sha256(g.content).hexdigest()] for g in graphs],
             "targets": [_target(goal) for goal in goals],
             "self_test": self_test,
+            "knobs": dataclasses.asdict(knobs()),
             "normgraph": [normgraph.__version__, _AT_IMPORT],
             "packages": {name: version(name) for name in _PACKAGES},
             "tvm": [

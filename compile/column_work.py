@@ -27,6 +27,7 @@ from normgraph.compile.addressing import Position, evaluate, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.column_arrays import ColumnArrays
 from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.knobs import knobs
 from normgraph.compile.row_kernel import RowStore, RowSum, output_row, row
 from normgraph.compile.row_reader import (
     ROW_RANGES,
@@ -57,9 +58,6 @@ from normgraph.compile.tir import (
     zero,
 )
 
-# Columns and channels of a block.
-MOST_COLUMNS = 2048
-MOST_CHANNELS = 128
 # Rows that a column's sum takes before it is added to its channel's, so that the error of a sum
 # over many grows with its square root.
 _RUN = 128
@@ -96,8 +94,8 @@ class ColumnWork:
         self.row_axes = (*self.plan.slice_axes, *self.plan.inner_axes)
         self.columns: Expr = times(channels.count, self.length)
         self.memory = SliceMemory(frame, (), (), 1)
-        room = i64(MOST_CHANNELS if constant(self.length) == 1 else MOST_COLUMNS)
-        self.channel_room = channels.count if channels.whole else i64(MOST_CHANNELS)
+        room = i64(knobs().column_channels if constant(self.length) == 1 else knobs().columns)
+        self.channel_room = channels.count if channels.whole else i64(knobs().column_channels)
         self.arrays = ColumnArrays(
             times(i64(self.ranges), self.columns) if channels.whole else room
         )

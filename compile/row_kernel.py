@@ -18,6 +18,7 @@ from typing import Any
 
 from tvm import tirx
 
+from normgraph.compile.knobs import knobs
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.tir import (
     Expr,
@@ -41,11 +42,6 @@ from normgraph.compile.tir import (
 # Vectors that one accumulator takes before it is moved on; rows of a million elements have as many
 # runs as a run has vectors.
 _RUN = 64
-# Rows from this length on are streamed. The lines that two neighbouring rows share are not, and
-# with those, rows of 300 elements take half as long again as without streaming; where there are
-# none, much shorter rows are streamed as well.
-_STREAMED_ROW = 512
-_STREAMED_APART = 64
 
 # A value at element `index` of the row.
 At = Callable[[Expr], Expr]
@@ -113,15 +109,16 @@ def output_row(
     cached = row(length, [], stores, lanes=lanes, unroll=unroll)
     known = constant(length)
     streams = [s for s in stores if s.stream is not None]
-    if large is None or not streams or (known is not None and known < _STREAMED_APART):
+    apart_from = knobs().streamed_apart
+    if large is None or not streams or (known is not None and known < apart_from):
         return cached
     streamed = _StreamedRow(length, stores, lanes, unroll, streaming)
     whole = tirx.EQ(modulo(length, lanes), i64(0))
     shares_none = tirx.And(whole, tirx.EQ(streamed.unaligned(), i64(0)))
-    short = tirx.And(shares_none, tirx.GE(length, i64(_STREAMED_APART)))
+    short = tirx.And(shares_none, tirx.GE(length, i64(knobs().streamed_apart)))
     if apart:
-        short = tirx.GE(length, i64(_STREAMED_ROW // 2))
-    fits = tirx.And(large, tirx.Or(tirx.GE(length, i64(_STREAMED_ROW)), short))
+        short = tirx.GE(length, i64(knobs().streamed_row // 2))
+    fits = tirx.And(large, tirx.Or(tirx.GE(length, i64(knobs().streamed_row)), short))
     if len(streams) > 1:
         fits = tirx.And(fits, whole)
     return when(fits, streamed.emit(), cached)

@@ -16,6 +16,7 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.blocks import NotCanonical
+from normgraph.compile.knobs import knobs
 from normgraph.compile.tensor_program import (
     ONE,
     Apply,
@@ -27,11 +28,6 @@ from normgraph.compile.tensor_program import (
     loads,
 )
 from normgraph.compile.tir import constant, i64, product, times
-
-# Rows of up to so many elements are read in columns, where their square is at most so many times
-# the number of rows. Measured.
-_SHORT_ROW = 512
-_SHORT_ROW_SHARE = 160
 
 
 @dataclass(frozen=True)
@@ -114,13 +110,14 @@ class SlicePlan:
         if not self.lead_axes or self.stored or self.column_sums:
             return False
         length, rows = self.row_length, self.rows
+        most, per_row = knobs().short_row, knobs().short_row_share
         known = constant(length), constant(rows)
         if known[0] is not None and known[1] is not None:
-            return known[0] <= _SHORT_ROW and known[0] ** 2 <= _SHORT_ROW_SHARE * known[1]
-        if known[0] is not None and (known[0] == 1 or known[0] > _SHORT_ROW):
+            return known[0] <= most and known[0] ** 2 <= per_row * known[1]
+        if known[0] is not None and (known[0] == 1 or known[0] > most):
             return known[0] == 1
-        share = tirx.LE(times(length, length), times(i64(_SHORT_ROW_SHARE), rows))
-        return tirx.And(tirx.LE(length, i64(_SHORT_ROW)), share)
+        share = tirx.LE(times(length, length), times(i64(per_row), rows))
+        return tirx.And(tirx.LE(length, i64(most)), share)
 
     def slice_value(self, name: str, dtype: str) -> Tensor:
         """A new tensor with one element a slice."""

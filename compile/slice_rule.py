@@ -61,9 +61,10 @@ from tvm import tirx
 
 from normgraph.compile import coefficients, shifted_sums
 from normgraph.compile.blocks import NotCanonical
-from normgraph.compile.column_work import MOST_CHANNELS, MOST_COLUMNS, Columns, ColumnWork
+from normgraph.compile.column_work import Columns, ColumnWork
 from normgraph.compile.finish import Finish
 from normgraph.compile.kernel_frame import Frame, item_size
+from normgraph.compile.knobs import knobs
 from normgraph.compile.link import STAY_ON_THREAD
 from normgraph.compile.row_reader import ROW_RANGES, ROWS_ABREAST, Block
 from normgraph.compile.slice_plan import SlicePlan, plan
@@ -90,30 +91,10 @@ from normgraph.compile.tir import (
 
 NAME = "slices"
 
-# A block of slices covers so many bytes of consecutive memory (in float32), if it has that many. Of
-# arrays that fill half the last-level cache: fewer, so that reading and writing alternate more.
-_RUN_BYTES = 12 * 1024
-_FAR_RUN_BYTES = 4 * 1024
-# A row of so many bytes is done alone, by wider vectors and with its sums in registers; or of half
-# as many, where its sums have more to do (two inputs, several rows a slice).
-_LONG_ROW = 4096
-_FAR_LONG_ROW = 1024
-# Slices of a block: contiguous ones of one input, and of two; and those that lie apart (channels).
-_MOST_SLICES = 32
-_MOST_SLICES_OF_TWO = 16
-_MOST_CHANNELS = 64
-# Rows of a block are short and lie anywhere: every vector of 64 bytes would cross a cache line.
-_SHORT_ROW_VECTOR = 32
-# Read in columns: rows from which on, and columns up to which, they are all read in order.
-_WHOLE_ROWS = 256
-_WHOLE_COLUMNS = 8192
-# Bytes that the rows of a block should have together, so that L2 holds them; the columns from which
-# on a block is not made smaller for that; and those from which on not for more tasks.
-_BLOCK_BYTES = 512 * 1024
+# A block is made no narrower than so many columns, so that L2 holds its rows; and no narrower than
+# this, so that there are more tasks.
 _FEWEST_COLUMNS = 256
 _FEWEST_SHARED = 32
-# Up to this many elements a launch of the thread pool costs more than it gains.
-_SERIAL_ELEMENTS = 32768
 
 
 def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
@@ -138,6 +119,7 @@ class _Emitter:
         self.extents = self.program.extents
         self.vector_bytes = target.vector_bytes
         self.streaming = Streaming(target)
+        self.knobs = knobs()
         self.slices = product([self.extents[a] for a in slice_plan.slice_axes])
         # Never more ranges than there is work for: each has sums to clear and to add up.
         fours = _ceildiv(self.slices, i64(ROWS_ABREAST))
@@ -157,7 +139,7 @@ class _Emitter:
         # With what is written, half of it, and other arrays want their part.
         moved = times(elements, i64(2 * (self._read_bytes() + 4)))
         self.far = bind("far", tirx.GT(moved, cache), opening, "bool")
-        small = tirx.LE(elements, i64(_SERIAL_ELEMENTS))
+        small = tirx.LE(elements, i64(self.knobs.serial))
         stay = tirx.call_extern("int32", STAY_ON_THREAD, tirx.Cast("int32", small))
         opening.append(tirx.Evaluate(stay))
         body = [*opening, self._all_slices(), Finish(self.frame, self._lanes()).emit()]
@@ -197,8 +179,8 @@ class _Emitter:
             return seq([*inner, self._column_work(Columns(start, count))])
 
         stmts.append(loop(blocks, task, name="task", kind="parallel"))
-        many = tirx.GE(self.plan.rows, i64(_WHOLE_ROWS))
-        few = tirx.LE(times(self.slices, self.plan.row_length), i64(_WHOLE_COLUMNS))
+        many = tirx.GE(self.plan.rows, i64(self.knobs.whole_rows))
+        few = tirx.LE(times(self.slices, self.plan.row_length), i64(self.knobs.whole_columns))
         whole = self._column_work(Columns(i64(0), self.slices, whole=True))
         return when(tirx.And(many, few), whole, seq(stmts))
 
@@ -207,9 +189,11 @@ class _Emitter:
 
     def _channels_in_block(self) -> Expr:
         length = tirx.Max(self.plan.row_length, i64(1))
-        most = tirx.Min(i64(MOST_CHANNELS), tirx.FloorDiv(i64(MOST_COLUMNS), length))
+        most = tirx.Min(
+            i64(self.knobs.column_channels), tirx.FloorDiv(i64(self.knobs.columns), length)
+        )
         channel_bytes = times(times(self.plan.rows, length), i64(self._read_bytes()))
-        cached = tirx.FloorDiv(i64(_BLOCK_BYTES), tirx.Max(channel_bytes, i64(1)))
+        cached = tirx.FloorDiv(i64(self.knobs.column_bytes), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
         # A multiple of eight tasks, if there is enough for them: two to eight threads share evenly.
         rounds = _ceildiv(self.slices, times(most, i64(8)))
@@ -248,9 +232,10 @@ class _Emitter:
         return loop(self.ranges, task, name="range", kind="parallel")
 
     def _blocks(self) -> Stmt:
-        most = _MOST_SLICES if len(self._whole_inputs()) == 1 else _MOST_SLICES_OF_TWO
+        one = len(self._whole_inputs()) == 1
+        most = self.knobs.slices if one else self.knobs.slices_of_two
         if self.plan.lead_axes:
-            most = _MOST_CHANNELS
+            most = self.knobs.channels
         stmts: list[Stmt] = []
         length = product([self.extents[a] for a in self.inner_axes])
         row_bytes = bind("row_bytes", tirx.Max(times(length, i64(4)), i64(1)), stmts)
@@ -271,7 +256,7 @@ class _Emitter:
     def _work(self, block: Block) -> Stmt:
         vector_bytes = self.vector_bytes
         if block.most > 1 and not self.plan.column_sums:
-            vector_bytes = min(vector_bytes, _SHORT_ROW_VECTOR)
+            vector_bytes = min(vector_bytes, self.knobs.short_row_vector)
         work = SliceWork(
             self.frame,
             block,
@@ -286,13 +271,14 @@ class _Emitter:
         # At least eight tasks, so that two to eight threads have even shares.
         share = _ceildiv(self.slices, i64(8))
         simple = len(self._whole_inputs()) == 1 and not self.plan.lead_axes
-        run, long = i64(_RUN_BYTES), i64(_LONG_ROW if simple else _LONG_ROW // 2)
+        long = self.knobs.long_row
+        run, alone = i64(self.knobs.run_bytes), i64(long if simple else long // 2)
         if not self.plan.lead_axes:
-            run = tirx.Select(self.far, i64(_FAR_RUN_BYTES), run)
-            long = tirx.Select(self.far, i64(_FAR_LONG_ROW), long)
+            run = tirx.Select(self.far, i64(self.knobs.far_run_bytes), run)
+            alone = tirx.Select(self.far, i64(self.knobs.far_long_row), alone)
         run = _ceildiv(run, row_bytes)
         size = tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
-        return tirx.Select(tirx.GE(row_bytes, long), i64(1), size)
+        return tirx.Select(tirx.GE(row_bytes, alone), i64(1), size)
 
 
 def _ceildiv(a: Expr, b: Expr) -> Expr:

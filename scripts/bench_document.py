@@ -8,7 +8,13 @@ from pathlib import Path
 
 from normgraph.scripts.bench_cases import KINDS, Case, goal_of, verdict
 from normgraph.scripts.bench_peers import DX_ALONE, OURS
-from normgraph.scripts.bench_report import BenchReport, Row, markdown_table, overhead_lines
+from normgraph.scripts.bench_report import (
+    BenchReport,
+    Row,
+    machine_line,
+    markdown_table,
+    overhead_lines,
+)
 
 Measured = Sequence[tuple[Case, BenchReport]]
 Causes = Mapping[tuple[str, str, str, str], str]
@@ -66,9 +72,7 @@ def document(measured: Measured, command: str, causes: Causes, plots: Sequence[s
     machine = first.machine
     lines = [
         _INTRODUCTION.format(command=command),
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, "
-        f"Python {machine['python']}, load {machine['load']} before the start, "
-        f"nice {machine['nice']}.",
+        machine_line(machine),
         "Versions: "
         + ", ".join(f"{name} {each}" for name, each in first.versions.items())
         + _libraries(measured)

@@ -9,7 +9,7 @@ from typing import Any
 from normgraph.scripts.bench import all_versions
 from normgraph.scripts.bench_costs import Costs
 from normgraph.scripts.bench_plot import available, growth
-from normgraph.scripts.bench_report import markdown_table
+from normgraph.scripts.bench_report import machine_line, markdown_table
 
 Points = Sequence[Mapping[str, Any]]
 
@@ -55,9 +55,7 @@ def document(
     versions = ", ".join(f"{name} {each}" for name, each in all_versions().items())
     lines = [
         _INTRODUCTION.format(command=command),
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, "
-        f"Python {machine['python']}, load {machine['load']} before the start, "
-        f"nice {machine['nice']}.",
+        machine_line(machine),
         f"Versions: {versions}.",
         *(f"\n![{Path(name).stem}]({name})" for name in plots),
     ]

@@ -30,7 +30,7 @@ from normgraph import NormSpec
 from normgraph.compile import graph_files, link, pipeline
 from normgraph.compile.targets import Target, resolve
 from normgraph.errors import AccuracyError, NormGraphError
-from normgraph.scripts.bench_report import machine, markdown_table
+from normgraph.scripts.bench_report import machine, machine_line, markdown_table
 from normgraph.scripts.bench_sweep import Batch
 from normgraph.scripts.bench_threads import cores, prepare
 from normgraph.scripts.bench_timing import time_apart
@@ -234,8 +234,7 @@ def document(
 ) -> str:
     """The tables as Markdown, and whether the bound holds."""
     lines = [
-        f"Machine: {about['processor']}, {about['cores']} cores, {about['system']}, Python "
-        f"{about['python']}, load {about['load']} before the start, nice {about['nice']}.",
+        machine_line(about),
         "Versions: " + ", ".join(f"{name} {each}" for name, each in versions().items()) + ".",
         f"Threads: {threads}.",
         "",

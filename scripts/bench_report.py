@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,14 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "nice": os.nice(0),
     }
+
+
+def machine_line(about: Mapping[str, Any]) -> str:
+    """What `machine` found, as a sentence of a document."""
+    return (
+        f"Machine: {about['processor']}, {about['cores']} cores, {about['system']}, Python "
+        f"{about['python']}, load {about['load']} before the start, nice {about['nice']}."
+    )
 
 
 def _processor() -> str:

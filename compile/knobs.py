@@ -1,0 +1,78 @@
+"""What the CPU rule leaves to measurement: the sizes at which it takes one way or another.
+
+None of them changes what a kernel computes, but for the order of its sums. What each value was
+measured beside stands in docs/benchmarks/knobs.md, from `python -m normgraph.scripts.bench_knobs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Bytes are of float32; other types have as many elements. "Far": see `slice_rule`.
+
+    run_bytes, far_run_bytes    a block of slices covers so many bytes of consecutive memory; of far
+                                arrays fewer, so that reading and writing alternate more
+    long_row, far_long_row      a row of so many bytes is done alone, by wider vectors and with its
+                                sums in registers; or of half as many, where its sums have more to
+                                do (two inputs, several rows a slice)
+    slices, slices_of_two       the most slices of a block: contiguous ones of one input, and of two
+    channels                    and those that lie apart
+    short_row_vector            bytes of the vectors for rows of a block: they lie anywhere, so each
+                                of 64 bytes would cross a cache line
+    short_row, short_row_share  a channel's rows of up to so many elements are read in columns,
+                                where their square is at most so many times the number of rows
+    columns, column_channels    of a block that is read in columns
+    column_bytes                that the rows of such a block should have together, so that L2 holds
+                                them
+    whole_rows, whole_columns   rows from which on, and columns up to which, all columns are read in
+                                order
+    streamed_row                rows from so many elements on are stored past the caches: of shorter
+                                ones too much lies in lines that two of them share
+    streamed_apart              as much where they share none
+    serial                      up to so many elements the calling thread works alone: a launch of
+                                the thread pool costs more than it gains
+    """
+
+    run_bytes: int = 12 * 1024
+    far_run_bytes: int = 4 * 1024
+    long_row: int = 4096
+    far_long_row: int = 1024
+    slices: int = 32
+    slices_of_two: int = 16
+    channels: int = 64
+    short_row_vector: int = 32
+    short_row: int = 512
+    short_row_share: int = 160
+    columns: int = 2048
+    column_channels: int = 128
+    column_bytes: int = 512 * 1024
+    whole_rows: int = 256
+    whole_columns: int = 8192
+    streamed_row: int = 512
+    streamed_apart: int = 64
+    serial: int = 32768
+
+
+_MEASURED = Knobs()
+_CHOSEN = ContextVar("knobs", default=_MEASURED)
+
+
+def knobs() -> Knobs:
+    """The values to schedule by."""
+    return _CHOSEN.get()
+
+
+@contextmanager
+def tried(**changes: int) -> Iterator[None]:
+    """Schedule by other values meanwhile. Raises TypeError for a name that is no knob."""
+    token = _CHOSEN.set(replace(_CHOSEN.get(), **changes))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
