@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, cast
@@ -41,8 +41,11 @@ class Adapter(Protocol):
     def notes_writes(self) -> bool:
         """Whether `written` does anything."""
 
-    def native_dtypes(self, names: Sequence[str]) -> tuple[Any, ...]:
-        """The library's dtype objects; None where arrays of that dtype never pass `ready`."""
+    def native_dtypes(self, names: Sequence[str], seen: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """The library's dtype objects; None where arrays of that dtype never pass `ready`.
+
+        Of a dtype that is not the library's own, the object is that of an array in `seen`.
+        """
 
     def ready(
         self, arrays: Sequence[Any], dtypes: Sequence[Any]
@@ -58,7 +61,7 @@ class Adapter(Protocol):
         """Whether a kernel may write here without any more checks.
 
         `others` passed `ready` or `writable`, and must not share memory with `array`; `owned` says
-        that each of them owns its memory.
+        that each of them owns its memory, and then this one does too where the answer is yes.
         """
 
     def empty(self, shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
@@ -66,6 +69,12 @@ class Adapter(Protocol):
 
     def empty_large(self, shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
         """New arrays of native dtypes, the large ones in the memory of `output_pool`."""
+
+    def kernel_arguments(self, names: Sequence[str]) -> Callable[[Sequence[Any]], list[Any]] | None:
+        """What makes of arrays of these dtypes what the kernel call takes, if they passed `ready`.
+
+        None where it takes them as they are. What is no array of the library is left as it is.
+        """
 
     def has_zero(self, array: Any) -> bool:
         """Whether an array that passed `ready` may hold a zero."""

@@ -24,9 +24,9 @@ MOST_PLANS = 1024
 
 
 class _Fast:
-    """What the short path needs of one array library."""
+    """What the short path needs of one array library; `arrays` are inputs that were good."""
 
-    def __init__(self, adapter: Adapter, signature: Signature) -> None:
+    def __init__(self, adapter: Adapter, signature: Signature, arrays: Sequence[Any]) -> None:
         self.ready = adapter.ready
         self.writable = adapter.writable
         self.empty = adapter.empty
@@ -34,8 +34,10 @@ class _Fast:
         self.has_zero = adapter.has_zero
         self.scalar = adapter.scalar
         self.written = adapter.written if adapter.notes_writes else None
-        self.inputs = adapter.native_dtypes([spec.dtype for spec in signature.inputs])
-        self.outputs = adapter.native_dtypes([spec.dtype for spec in signature.outputs])
+        names = [spec.dtype for spec in (*signature.inputs, *signature.outputs)]
+        dtypes = adapter.native_dtypes(names, arrays)
+        self.inputs, self.outputs = dtypes[: len(arrays)], dtypes[len(arrays) :]
+        self.arguments = adapter.kernel_arguments(names)
 
 
 class Call:
@@ -175,7 +177,8 @@ class Call:
             buffers = self._placeholders.copy()
             for index in selection.wanted:
                 (buffers[index],) = make((shapes[index],), (fast.outputs[index],))
-        self._function(*args, *buffers, selection.request)
+        given = (*args, *buffers)
+        self._function(*(fast.arguments(given) if fast.arguments else given), selection.request)
         if fast.written is not None and out is not None:
             fast.written(out.values())
         if selection.result is None:
@@ -212,9 +215,7 @@ class Call:
                 if not fast.writable(array, fast.outputs[index], shapes[index], beside, owned):
                     return None
                 buffers[index] = array
-                if left:
-                    # Whether this one owns its memory is not known here, so look at memory below.
-                    others, owned = (*others, array), False
+                others = (*beside, array)
             elif index in selection.added:
                 return None
             else:
@@ -293,7 +294,7 @@ class Call:
     ) -> None:
         kind = type(arrays[0])
         if kind not in self._fast:
-            self._fast[kind] = _Fast(adapter, self.signature)
+            self._fast[kind] = _Fast(adapter, self.signature, arrays)
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         large = any(

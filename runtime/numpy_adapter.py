@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,9 +24,10 @@ READY = 0x1 | 0x100 | 0x400
 OWNS = 0x4
 
 
-def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
-    """bfloat16 is None: there is more than one dtype object of that name."""
-    return tuple(None if name == "bfloat16" else np.dtype(name) for name in names)
+def native_dtypes(names: Sequence[str], seen: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """bfloat16 is that of an array, or None: there is more than one dtype object of that name."""
+    bfloat16 = next((array.dtype for array in seen if _name(array.dtype) == "bfloat16"), None)
+    return tuple(bfloat16 if name == "bfloat16" else np.dtype(name) for name in names)
 
 
 def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
@@ -81,6 +82,21 @@ def empty(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
 
 def empty_large(shapes: Iterable[Shape], dtypes: Iterable[Any]) -> list[Any]:
     return list(map(pool.empty, shapes, dtypes))
+
+
+def kernel_arguments(names: Sequence[str]) -> Callable[[Sequence[Any]], list[Any]] | None:
+    """DLPack has bfloat16, but NumPy does not export it."""
+    if "bfloat16" not in names:
+        return None
+    kept = tuple(names)
+
+    def made(arrays: Sequence[Any]) -> list[Any]:
+        return [
+            dlpack.kernel_tensor(array, name) if array.__class__ is ndarray else array
+            for array, name in zip(arrays, kept)  # noqa: B905  # the lengths are equal
+        ]
+
+    return made
 
 
 def has_zero(array: AnyArray) -> bool:

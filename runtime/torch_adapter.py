@@ -27,8 +27,12 @@ _STORED = {
 }
 
 
-def native_dtypes(names: Sequence[str]) -> tuple[Any, ...]:
+def native_dtypes(names: Sequence[str], seen: Sequence[Any] = ()) -> tuple[Any, ...]:
     return tuple(DTYPES[name] for name in names)
+
+
+def kernel_arguments(names: Sequence[str]) -> None:
+    """Kernels take all of them as they are."""
 
 
 def ready(arrays: Sequence[Any], dtypes: Sequence[Any]) -> tuple[tuple[Shape, ...], bool] | None:
