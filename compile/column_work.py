@@ -94,8 +94,11 @@ class ColumnWork:
         self.row_axes = (*self.plan.slice_axes, *self.plan.inner_axes)
         self.columns: Expr = times(channels.count, self.length)
         self.memory = SliceMemory(frame, (), (), 1)
-        room = i64(knobs().column_channels if constant(self.length) == 1 else knobs().columns)
-        self.channel_room = channels.count if channels.whole else i64(knobs().column_channels)
+        most = knobs()
+        room = i64(max(most.columns, most.short_row))
+        if constant(self.length) == 1:
+            room = i64(most.column_channels)
+        self.channel_room = channels.count if channels.whole else i64(most.column_channels)
         self.arrays = ColumnArrays(
             times(i64(self.ranges), self.columns) if channels.whole else room
         )

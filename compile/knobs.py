@@ -27,7 +27,8 @@ class Knobs:
                                 of 64 bytes would cross a cache line
     short_row, short_row_share  a channel's rows of up to so many elements are read in columns,
                                 where their square is at most so many times the number of rows
-    columns, column_channels    of a block that is read in columns
+    columns, column_channels    of a block that is read in columns; one channel where its rows are
+                                longer
     column_bytes                that the rows of such a block should have together, so that L2 holds
                                 them
     whole_rows, whole_columns   rows from which on, and columns up to which, all columns are read in
@@ -44,15 +45,15 @@ class Knobs:
     long_row: int = 4096
     far_long_row: int = 1024
     slices: int = 32
-    slices_of_two: int = 16
+    slices_of_two: int = 32
     channels: int = 64
     short_row_vector: int = 32
-    short_row: int = 512
+    short_row: int = 2048
     short_row_share: int = 160
     columns: int = 2048
     column_channels: int = 128
     column_bytes: int = 512 * 1024
-    whole_rows: int = 256
+    whole_rows: int = 1024
     whole_columns: int = 8192
     streamed_row: int = 512
     streamed_apart: int = 64

@@ -189,9 +189,8 @@ class _Emitter:
 
     def _channels_in_block(self) -> Expr:
         length = tirx.Max(self.plan.row_length, i64(1))
-        most = tirx.Min(
-            i64(self.knobs.column_channels), tirx.FloorDiv(i64(self.knobs.columns), length)
-        )
+        room = tirx.Max(tirx.FloorDiv(i64(self.knobs.columns), length), i64(1))
+        most = tirx.Min(i64(self.knobs.column_channels), room)
         channel_bytes = times(times(self.plan.rows, length), i64(self._read_bytes()))
         cached = tirx.FloorDiv(i64(self.knobs.column_bytes), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
