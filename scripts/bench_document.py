@@ -17,6 +17,7 @@ from normgraph.scripts.bench_report import (
 )
 
 Measured = Sequence[tuple[Case, BenchReport]]
+CAUSES = "causes.json"
 Causes = Mapping[tuple[str, str, str, str], str]
 
 _INTRODUCTION = """\

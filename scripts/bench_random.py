@@ -10,18 +10,16 @@ such a row is timed once more, for longer, before it counts.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import normgraph
 from normgraph.errors import NormGraphError
-from normgraph.scripts.bench import all_versions
+from normgraph.scripts.bench_document import CAUSES, read_causes
 from normgraph.scripts.bench_peers import OURS, Peer
+from normgraph.scripts.bench_random_report import Result, as_json, as_text, document
 from normgraph.scripts.bench_report import Row, machine
 from normgraph.scripts.bench_roster import (
     Extras,
@@ -34,7 +32,6 @@ from normgraph.scripts.bench_shapes import Draw, draw
 from normgraph.scripts.bench_threads import bound, cores, prepare
 from normgraph.scripts.bench_timing import Timing, set_heap, time_apart
 from normgraph.scripts.console import Progress, log
-from normgraph.scripts.console import table as text_table
 from normgraph.scripts.verify_inputs import Case, Inputs
 from normgraph.spec import DTYPES, OPERATORS
 
@@ -42,35 +39,6 @@ KINDS = ("forward", "inference", "backward")
 FRESH = "normgraph, fresh outputs"
 # A peer this many times slower in a first look is not timed further.
 _HOPELESS = 2.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """One kind at one shape.
-
-    number   of the shape in the draw: `--only` takes it
-    ratio    our median over that of the best peer: above 1 is slower
-    slower   our median lies above the best peer's 80th percentile
-    limit    median of the copy or the add
-    fresh    ours with outputs allocated by each call
-    """
-
-    number: int
-    op: str
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    groups: int | None
-    bytes: int
-    ours: Timing
-    fresh: Timing
-    limit: Timing | None
-    best_peer: str
-    ratio: float
-    slower: bool
-    gigabytes_per_second: float
-    peers: dict[str, Timing]
-    missing: dict[str, str]
 
 
 def measure(
@@ -186,66 +154,13 @@ def _result(
     )
 
 
-def as_text(results: Sequence[Result], all_rows: bool = False) -> str:
-    """How many rows are slower, and those, worst first."""
-    slower = [result for result in results if result.slower]
-    shown = sorted(results if all_rows else slower, key=lambda result: -result.ratio)
-    lines = [
-        f"{len(results)} rows: in {len(slower)} the best peer is faster than ours, outside its "
-        "spread. Worst first; milliseconds; ratio: ours over the best peer.",
-    ]
-    if results:
-        ratios = sorted(result.ratio for result in results)
-        lines.append(
-            f"ratio: best {ratios[0]:.3f}, median {ratios[len(ratios) // 2]:.3f}, "
-            f"worst {ratios[-1]:.3f}"
-        )
-    rows = [
-        (
-            each.number,
-            each.op,
-            each.kind,
-            "x".join(map(str, each.shape)),
-            each.groups or "",
-            f"{each.bytes / 1e6:.3g}",
-            f"{each.ours.median * 1e3:.4f}",
-            f"{each.peers[each.best_peer].median * 1e3:.4f}" if each.best_peer else "",
-            f"{each.peers[each.best_peer].high * 1e3:.4f}" if each.best_peer else "",
-            f"{each.ratio:.2f}",
-            "" if each.limit is None else f"{each.ours.median / each.limit.median:.2f}",
-            f"{each.gigabytes_per_second:.1f}",
-            each.best_peer,
-        )
-        for each in shown
-    ]
-    heads = (
-        "number", "operator", "kind", "shape", "groups", "MB moved", "ours", "peer", "peer 80 %",
-        "ratio", "/ limit", "GB/s", "best peer",
-    )  # fmt: skip
-    if rows:
-        lines += ["", text_table(rows, heads)]
-    return "\n".join(lines)
-
-
-def as_json(results: Sequence[Result], settings: dict[str, Any], before: dict[str, Any]) -> str:
-    """Everything, for a program to read."""
-    return json.dumps(
-        {
-            "machine": before,
-            "versions": all_versions(),
-            "settings": settings,
-            "rows": [asdict(result) for result in results],
-        },
-        indent=1,
-    )
-
-
 def main() -> int:
     """Measure, print the rows that are slower, and write all as JSON."""
     parser = argparse.ArgumentParser(prog="bench_random", description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=200, help="how many shapes are drawn (200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the document there")
     parser.add_argument("--only", metavar="3,17", help="of the draw, these numbers alone")
     parser.add_argument("--ops", default=",".join(OPERATORS), metavar="batch_norm,...")
     parser.add_argument("--kinds", default="forward,backward", help=f"out of {', '.join(KINDS)}")
@@ -279,10 +194,14 @@ def main() -> int:
     except NormGraphError as error:
         log(f"error: {error}")
         return error.exit_code
-    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "out")}
     settings["artifacts"] = "one for each operator and channel count, other extents symbolic"
     if options.json:
         options.json.write_text(as_json(results, settings, before))
+    if options.out:
+        command = " ".join(["python -m normgraph.scripts.bench_random", *sys.argv[1:]])
+        causes = read_causes(options.out.parent / CAUSES)
+        options.out.write_text(document(results, command, before, causes))
     print(as_text(results, options.all))
     return 0
 

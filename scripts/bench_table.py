@@ -19,14 +19,13 @@ import normgraph
 from normgraph.errors import NormGraphError
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_cases import KINDS, Case, standard_cases
-from normgraph.scripts.bench_document import document, read_causes
+from normgraph.scripts.bench_document import CAUSES, document, read_causes
 from normgraph.scripts.bench_plot import available, roofline
 from normgraph.scripts.bench_report import BenchReport
 from normgraph.scripts.bench_roster import Extras
 from normgraph.scripts.console import Progress, log
 
 DOCUMENT = Path("docs/benchmarks/cpu.md")
-CAUSES = "causes.json"
 
 
 def measure(

@@ -16,14 +16,15 @@ from normgraph.errors import AccuracyError
 from normgraph.scripts import bench_random, bench_sweep
 from normgraph.scripts.bench_costs import costs_of
 from normgraph.scripts.bench_peers import Peer
-from normgraph.scripts.bench_random import as_json, as_text, measure
+from normgraph.scripts.bench_random import measure
+from normgraph.scripts.bench_random_report import Result, as_json, as_text, document
 from normgraph.scripts.bench_shapes import LEAST, MOST, Draw, draw
 from normgraph.scripts.bench_timing import Timing
 from normgraph.spec import OPERATORS
 
 
 @pytest.fixture(scope="session")
-def results() -> list[bench_random.Result]:
+def results() -> list[Result]:
     """A shape of two operators, timed for a moment."""
     some = [
         Draw(3, NormSpec("instance_norm"), ("N", 3, "W"), (5, 3, 7)),
@@ -57,7 +58,7 @@ def test_the_draw_covers_sizes_and_operators(seed: int) -> None:
             assert prod(each.shape) > each.shape[1]
 
 
-def test_rows_have_ours_a_peer_and_the_limit(results: list[bench_random.Result]) -> None:
+def test_rows_have_ours_a_peer_and_the_limit(results: list[Result]) -> None:
     assert [(each.number, each.op, each.kind) for each in results] == [
         (3, "instance_norm", "forward"),
         (3, "instance_norm", "backward"),
@@ -74,7 +75,7 @@ def test_rows_have_ours_a_peer_and_the_limit(results: list[bench_random.Result])
         assert each.fresh.calls > 0
 
 
-def test_slower_rows_are_listed_worst_first(results: list[bench_random.Result]) -> None:
+def test_slower_rows_are_listed_worst_first(results: list[Result]) -> None:
     made = [
         replace(each, number=place, ratio=1.0 + place, slower=place > 0)
         for place, each in enumerate(results[:3])
@@ -87,7 +88,24 @@ def test_slower_rows_are_listed_worst_first(results: list[bench_random.Result]) 
     assert len(as_text(made, all_rows=True).splitlines()) == len(text.splitlines()) + 1
 
 
-def test_json(results: list[bench_random.Result]) -> None:
+def test_the_document_says_why(results: list[Result]) -> None:
+    about = {"processor": "a", "cores": 2, "system": "b", "python": "3", "load": 0.0, "nice": 0}
+    first, second, third = (
+        replace(each, ratio=1.5 * place, slower=place > 0) for place, each in enumerate(results[:3])
+    )
+    causes = {("rms_norm", "11×9", "forward", "float32"): "as few as that"}
+    text = document([first, second, third], "a command", about, causes)
+    assert "3 rows, 2 of them slower." in text
+    assert "| instance_norm | 2 | 0.00 | 0.75 | 1.50 | 1 |" in text
+    assert "| up to 1 MB moved | 3 | 0.00 | 1.50 | 3.00 | 2 |" in text
+    rms, instance = text.splitlines()[-2:]
+    assert rms.startswith("| rms_norm | 11×9 | forward |")
+    assert rms.endswith("| 3.00 | as few as that |")
+    assert instance.endswith("| 1.50 |  |")
+    assert "Slower" not in document([first], "a command", about, causes)
+
+
+def test_json(results: list[Result]) -> None:
     read = json.loads(as_json(results, {"seed": 0}, {"cores": 2}))
     assert set(read) == {"machine", "versions", "settings", "rows"}
     assert len(read["rows"]) == len(results)
