@@ -95,7 +95,7 @@ def plain_call(
             return None
         left = len(out)
         buffers: list[Any] = []
-        for name, shape, dtype, over in zip(names, shapes, outputs, in_place):  # noqa: B905
+        for name, shape, dtype in zip(names, shapes, outputs):  # noqa: B905
             array = out.get(name)
             if array is None:
                 buffers.append(make(shape, dtype))
@@ -103,24 +103,26 @@ def plain_call(
             if array.__class__ is not ndarray or array.dtype is not dtype or array.shape != shape:
                 return None
             flags &= array.flags.num
-            # Arrays that each own their memory share none, unless they are one array.
-            for other in args:
-                if other is array and (over < 0 or array is not args[over]):
-                    return None
-            if over >= 0 and sum(other is array for other in args) > 1:
-                return None
-            for other in buffers:
-                if other is array:
-                    return None
             buffers.append(array)
             left -= 1
         if left:
             return None
+        # Arrays that each own their memory share none, unless they are one array.
+        every = (*args, *buffers)
+        distinct = set(map(id, every))
+        if len(distinct) != len(every):
+            # Inputs may be one array, and a running statistic its own output; nothing else may.
+            inputs = list(map(id, args))
+            for array, over in zip(buffers, in_place):  # noqa: B905  # the lengths are equal
+                mine = id(array)
+                if inputs.count(mine) > (over >= 0 and array is args[over]):
+                    return None
+            if len(set(map(id, buffers))) != len(buffers):
+                return None
         if flags != unsure:
             if flags & READY != READY:
                 return None
-            distinct = {id(array): array for array in (*args, *buffers)}
-            if owner_count(distinct.values()) < len(distinct):
+            if owner_count({id(array): array for array in every}.values()) < len(distinct):
                 return None
         return buffers
 
