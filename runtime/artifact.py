@@ -17,7 +17,7 @@ from normgraph.errors import (
     SpecError,
 )
 from normgraph.runtime import manifest as fields
-from normgraph.runtime.files import REBUILD, Folder, StoredFile
+from normgraph.runtime.files import REBUILD, Contents, Folder, StoredFile, short
 from normgraph.runtime.host import LoaderRange, loader_obstacle
 from normgraph.runtime.library import Library, choose
 from normgraph.runtime.manifest import MANIFEST, Edition, SelfTestCase, read_manifest
@@ -86,9 +86,9 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError(
-            f"path: expected a string or a path of an artifact's directory; got {path!r}."
+            f"path: expected a string or a path of an artifact's directory; got {short(path)}."
         )
-    folder = folder_at(Path(os.path.abspath(os.fspath(path))))
+    folder = folder_at(Path(os.path.abspath(os.fsdecode(path))))
     manifest, edition = read_manifest(folder)
     while True:
         try:
@@ -103,30 +103,44 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 
 def _check(folder: Folder, manifest: dict[str, Any], edition: Edition) -> Artifact:
     file = folder.place(MANIFEST)
+    contents = Contents()
     try:
         spec = NormSpec.from_dict(fields.field(file, manifest, "spec", dict))
     except (SpecError, TypeError) as error:
         raise ArtifactIncompatible(
-            f"{file}: this normgraph does not know the artifact's spec: {error}. Install the"
-            f" normgraph that built it ({manifest.get('normgraph_version')}), or build it again."
+            f"{file}: this normgraph does not know the artifact's spec: {str(error):.400}. Install"
+            f" the normgraph that built it ({short(manifest.get('normgraph_version'))}), or build"
+            f" it again."
         ) from None
     kinds = fields.field(file, manifest, "kinds", dict)
     signatures: dict[str, Signature] = {}
     functions: dict[str, str] = {}
     for kind, entry in kinds.items():
-        functions[kind] = fields.field(file, entry, "function", str)
-        if functions[kind] != kind and functions[kind] in kinds:
+        fields.identifier(file, "kind", kind)
+        function = fields.identifier(file, "function", fields.field(file, entry, "function", str))
+        if function != kind and function in kinds:
             raise ArtifactCorrupt(f"{file}: {kind} names the function of another kind. {REBUILD}")
+        functions[kind] = function
         signatures[kind] = fields.signature(file, kind, entry)
-        _content(fields.stored_file(folder, fields.field(file, entry, "graph", dict)))
+        _content(contents, fields.stored_file(folder, fields.field(file, entry, "graph", dict)))
     if not kinds:
         raise ArtifactCorrupt(f"{file}: the artifact holds no kinds. {REBUILD}")
     tests = fields.field(file, manifest, "self_test", dict)
     status = fields.field(file, tests, "status", str)
+    cases = tuple(
+        fields.self_test_case(file, case) for case in fields.field(file, tests, "cases", list)
+    )
+    for case in cases:
+        if case.kind not in kinds:
+            raise ArtifactCorrupt(
+                f"{file}: the self-test is of {short(case.kind)}, which is no kind of the artifact."
+                f" {REBUILD}"
+            )
     requires = fields.field(file, manifest, "requires", dict)
     loader = fields.field(file, requires, "tvm_ffi", dict)
     libraries = tuple(
-        _library(folder, entry, status) for entry in fields.field(file, manifest, "libraries", list)
+        _library(folder, contents, entry, status)
+        for entry in fields.field(file, manifest, "libraries", list)
     )
     vectors = fields.stored_file(folder, tests)
     return Artifact(
@@ -140,15 +154,13 @@ def _check(folder: Folder, manifest: dict[str, Any], edition: Edition) -> Artifa
         libraries=libraries,
         loader=(fields.version(file, loader, "from"), fields.version(file, loader, "below")),
         self_test=vectors,
-        self_test_cases=tuple(
-            fields.self_test_case(file, case) for case in fields.field(file, tests, "cases", list)
-        ),
+        self_test_cases=cases,
         edition=edition,
-        vectors=_content(vectors),
+        vectors=_content(contents, vectors),
     )
 
 
-def _library(folder: Folder, entry: Any, status: str) -> Library:
+def _library(folder: Folder, contents: Contents, entry: Any, status: str) -> Library:
     """One library; `status`, that of all of them, holds where it has no self-test of its own."""
     file = folder.place(MANIFEST)
     target = fields.field(file, entry, "target", dict)
@@ -161,15 +173,15 @@ def _library(folder: Folder, entry: Any, status: str) -> Library:
         features=fields.texts(file, target, "features"),
         self_test=fields.field(file, entry, "self_test", str) if "self_test" in entry else status,
         sha256=stored.sha256,
-        content=_content(stored),
+        content=_content(contents, stored),
         archs=fields.texts(file, target, "archs") if "archs" in target else (),
         toolkit=(*fields.version(file, target, "cuda"), 0) if "cuda" in target else (0, 0),
     )
 
 
-def _content(stored: StoredFile) -> bytes:
+def _content(contents: Contents, stored: StoredFile) -> bytes:
     try:
-        return stored.read()
+        return contents.of(stored)
     except ArtifactNotFound:
         raise ArtifactCorrupt(
             f"{stored.path}: the manifest names this file, but it is missing. {REBUILD}"

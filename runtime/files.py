@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,20 @@ from normgraph.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound
 
 REBUILD = "Build the artifact again."
 
+# What an artifact's files may be called: nothing that leads to another folder or is hidden.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}")
+
+# All files of an artifact together; libraries have some hundred kilobytes.
+_MOST_BYTES = 2**30
+
 # Which file it was that was read: its inode, and when it was last changed.
 Mark = tuple[int, int]
+
+
+def short(value: object, most: int = 60) -> str:
+    """A value for a message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class Folder:
@@ -53,6 +66,11 @@ class Folder:
                 f"{file}: cannot be read: {error.strerror or error}. Check the path and what you"
                 f" may read."
             ) from None
+        except MemoryError:
+            raise ArtifactError(
+                f"{file}: there is not enough memory to read {min(most, status.st_size)} bytes."
+                f" Give the process more."
+            ) from None
         except ValueError as error:  # a character that no file name has
             raise ArtifactNotFound(f"{str(file)!r}: {error}. Check the path.") from None
         return content, status.st_size, (status.st_ino, status.st_mtime_ns)
@@ -84,3 +102,30 @@ class StoredFile:
                 f"{self.path}: the content is not what was written (its sha256 differs). {REBUILD}"
             )
         return content
+
+
+class Contents:
+    """What the files hold that a manifest names: each is read and hashed once, however often it is
+    named, and all together have a bound.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[StoredFile, bytes]] = {}
+        self._total = 0
+
+    def of(self, stored: StoredFile) -> bytes:
+        """The content of a file. Raises as `StoredFile.read` does."""
+        known = self._known.get(stored.name)
+        if known is None:
+            self._total += stored.size
+            if self._total > _MOST_BYTES:
+                raise ArtifactCorrupt(
+                    f"{stored.path}: the files up to this one have {self._total} bytes by the"
+                    f" manifest, and {_MOST_BYTES} are the most. {REBUILD}"
+                )
+            known = self._known[stored.name] = stored, stored.read()
+        if known[0] != stored:
+            raise ArtifactCorrupt(
+                f"{stored.path}: the manifest names this file with two sizes or hashes. {REBUILD}"
+            )
+        return known[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from normgraph.errors import ArtifactCorrupt, ArtifactIncompatible, ArtifactNotFound
-from normgraph.runtime.files import REBUILD, Folder, StoredFile
+from normgraph.runtime import strict_json
+from normgraph.runtime.files import NAME, REBUILD, Folder, StoredFile, short
 from normgraph.runtime.signature import Signature, TensorSpec
 from normgraph.spec import DTYPES
 
@@ -21,7 +24,16 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 # No manifest comes near this; what is larger is not read.
-_LARGEST = 16 * 2**20
+LARGEST = 2**20
+
+# The most axes and elements of a tensor; the elements of one in a self-test, of which a build leaves
+# out what is larger.
+_MOST_AXES = 16
+_MOST_ELEMENTS = 2**40
+MOST_TESTED = 2**25
+
+# Kinds, functions and tensors become names in Python and in a library.
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 
 T = TypeVar("T")
 
@@ -57,18 +69,18 @@ def read_manifest(folder: Folder) -> tuple[dict[str, Any], Edition]:
     """
     file = folder.place(MANIFEST)
     try:
-        content, size, mark = folder.read(MANIFEST, _LARGEST)
+        content, size, mark = folder.read(MANIFEST, LARGEST)
     except ArtifactNotFound:
         raise ArtifactNotFound(_nothing_at(folder.path)) from None
-    if size > _LARGEST:
+    if size > LARGEST:
         raise ArtifactCorrupt(
-            f"{file}: expected a manifest of at most {_LARGEST} bytes, but the file has {size}."
+            f"{file}: expected a manifest of at most {LARGEST} bytes, but the file has {size}."
             f" {REBUILD}"
         )
     try:
-        manifest = json.loads(content.decode("utf-8"))
+        manifest = strict_json.parse(content)
         digest = manifest_digest(manifest) if isinstance(manifest, dict) else ""
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArtifactCorrupt(f"{file}: expected JSON, but {error}. {REBUILD}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactCorrupt(
@@ -99,8 +111,8 @@ def _nothing_at(root: Path) -> str:
             )
         if not root.is_dir():
             return (
-                f"{root}: expected the directory of an artifact, but this is a file. Pass the"
-                f" directory that holds {MANIFEST}."
+                f"{root}: expected the directory of an artifact or a packed one, and this is"
+                f" neither a directory nor a plain file. Pass the directory that holds {MANIFEST}."
             )
     except ValueError as error:
         return f"{str(root)!r}: {error}. Check the path."
@@ -116,7 +128,7 @@ def field(file: Path, mapping: Any, key: str, kind: type[T]) -> T:
         raise ArtifactCorrupt(f"{file}: expected an object that holds {key!r}. {REBUILD}")
     value = mapping.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        came = "nothing" if key not in mapping else repr(value)[:60]
+        came = "nothing" if key not in mapping else short(value)
         raise ArtifactCorrupt(
             f"{file}: expected {key!r} to be of type {kind.__name__}, but there is {came}."
             f" {REBUILD}"
@@ -128,8 +140,8 @@ def stored_file(folder: Folder, entry: Any) -> StoredFile:
     """The file that an entry of the manifest names, not yet read."""
     manifest = folder.place(MANIFEST)
     name = field(manifest, entry, "file", str)
-    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
-        raise ArtifactCorrupt(f"{manifest}: {name!r} is no plain file name. {REBUILD}")
+    if not NAME.fullmatch(name):
+        raise ArtifactCorrupt(f"{manifest}: {short(name)} is no plain file name. {REBUILD}")
     size = field(manifest, entry, "size", int)
     if size < 0:
         raise ArtifactCorrupt(f"{manifest}: {name} cannot have {size} bytes. {REBUILD}")
@@ -140,7 +152,7 @@ def texts(file: Path, mapping: Any, key: str) -> tuple[str, ...]:
     """A list of strings."""
     values = field(file, mapping, key, list)
     if not all(isinstance(value, str) for value in values):
-        raise ArtifactCorrupt(f"{file}: {key!r} must hold names, not {values!r:.60}. {REBUILD}")
+        raise ArtifactCorrupt(f"{file}: {key!r} must hold names, not {short(values)}. {REBUILD}")
     return tuple(values)
 
 
@@ -148,7 +160,7 @@ def version(file: Path, mapping: Any, key: str) -> tuple[int, ...]:
     """A version: numbers with dots between."""
     text = field(file, mapping, key, str)
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,9}", text):
-        raise ArtifactCorrupt(f"{file}: {key!r} is {text!r:.60}, which is no version. {REBUILD}")
+        raise ArtifactCorrupt(f"{file}: {key!r} is {short(text)}, which is no version. {REBUILD}")
     return tuple(int(part) for part in text.split("."))
 
 
@@ -177,17 +189,41 @@ def _tensors(file: Path, entries: list[Any]) -> tuple[TensorSpec, ...]:
         for entry in entries
     )
     names = [spec.name for spec in specs]
-    if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
-        raise ArtifactCorrupt(f"{file}: {names} are not names of arguments. {REBUILD}")
+    if len(set(names)) != len(names) or not all(map(_is_name, names)):
+        raise ArtifactCorrupt(f"{file}: {short(names)} are not names of arguments. {REBUILD}")
     return specs
+
+
+def identifier(file: Path, what: str, name: str) -> str:
+    """The name of a kind or of a function."""
+    if not _is_name(name):
+        raise ArtifactCorrupt(
+            f"{file}: expected the {what} to have a name of letters, digits and underscores that"
+            f" is no word of Python's, but it is {short(name)}. {REBUILD}"
+        )
+    return name
+
+
+def _is_name(name: str) -> bool:
+    return _IDENTIFIER.fullmatch(name) is not None and not keyword.iskeyword(name)
 
 
 def shape(file: Path, entry: Any) -> tuple[int | str, ...]:
     """The shape of a tensor, or of x: sizes, and names of those left open."""
     dims = field(file, entry, "shape", list)
-    for dim in dims:
-        if isinstance(dim, bool) or not isinstance(dim, (int, str)):
-            raise ArtifactCorrupt(f"{file}: {dims!r} is no shape. {REBUILD}")
+    sizes = [dim for dim in dims if type(dim) is int]
+    names = [dim for dim in dims if isinstance(dim, str)]
+    if (
+        len(dims) > _MOST_AXES
+        or len(sizes) + len(names) < len(dims)
+        or not all(name.isidentifier() for name in names)
+        or any(size < 0 for size in sizes)
+        or math.prod(size or 1 for size in sizes) > _MOST_ELEMENTS
+    ):
+        raise ArtifactCorrupt(
+            f"{file}: {short(dims)} is no shape: expected at most {_MOST_AXES} sizes, or names of"
+            f" sizes, and at most {_MOST_ELEMENTS} elements. {REBUILD}"
+        )
     return tuple(dims)
 
 
@@ -195,7 +231,7 @@ def dtype(file: Path, entry: Any) -> str:
     """The dtype of a tensor, or of x."""
     name = field(file, entry, "dtype", str)
     if name not in DTYPES:
-        raise ArtifactCorrupt(f"{file}: unknown dtype {name!r}. {REBUILD}")
+        raise ArtifactCorrupt(f"{file}: unknown dtype {short(name)}. {REBUILD}")
     return name
 
 
@@ -204,13 +240,22 @@ def self_test_case(file: Path, entry: Any) -> SelfTestCase:
     tolerance = field(file, entry, "tolerance", dict)
     for name, value in tolerance.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ArtifactCorrupt(f"{file}: tolerance of {name} is {value!r}. {REBUILD}")
+            raise ArtifactCorrupt(
+                f"{file}: tolerance of {short(name)} is {short(value)}. {REBUILD}"
+            )
     stated = field(file, entry, "shapes", dict) if "shapes" in entry else {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, dims in stated.items():
         sizes = [d for d in dims if type(d) is int and d > 0] if isinstance(dims, list) else None
-        if sizes != dims:
-            raise ArtifactCorrupt(f"{file}: the self-test's {name} has shape {dims!r}. {REBUILD}")
-        shapes[name] = tuple(sizes or ())
+        if sizes is None or sizes != dims or len(dims) > _MOST_AXES:
+            raise ArtifactCorrupt(
+                f"{file}: the self-test's {short(name)} has shape {short(dims)}. {REBUILD}"
+            )
+        if math.prod(sizes) > MOST_TESTED:
+            raise ArtifactCorrupt(
+                f"{file}: the self-test's {short(name)} has shape {short(dims)}, and"
+                f" {MOST_TESTED} elements are the most. {REBUILD}"
+            )
+        shapes[name] = tuple(sizes)
     kind, prefix = field(file, entry, "kind", str), field(file, entry, "prefix", str)
     return SelfTestCase(kind, prefix, tolerance, shapes)

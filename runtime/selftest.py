@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-import zlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from normgraph.errors import AccuracyError, ArtifactCorrupt, ArtifactNotFound
-from normgraph.runtime import cuda_arrays, dlpack
+from normgraph.errors import AccuracyError, ArtifactCorrupt, ArtifactError, ArtifactNotFound
+from normgraph.runtime import archive, cuda_arrays, dlpack
 from normgraph.runtime.artifact import Artifact
 from normgraph.runtime.call import Call
 from normgraph.runtime.cuda_call import CudaCall
 from normgraph.runtime.dlpack import AnyArray
-from normgraph.runtime.manifest import SelfTestCase
+from normgraph.runtime.manifest import MOST_TESTED, SelfTestCase
+from normgraph.runtime.vectors import Vectors
 
 # What a file that is no .npz, or has other arrays in it than the manifest says, leads to.
-_UNREADABLE = (
-    KeyError,
-    IndexError,
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_UNREADABLE = (*archive.DAMAGE, KeyError, IndexError, OSError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -50,13 +38,18 @@ def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTe
     results: list[SelfTestResult] = []
     content = _vectors(artifact)
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as vectors:
-            for case in artifact.self_test_cases:
-                results += _run(artifact, calls[case.kind], case, vectors)
+        vectors = Vectors(content)
+        for case in artifact.self_test_cases:
+            results += _run(artifact, calls[case.kind], case, vectors)
     except _UNREADABLE as error:
         raise ArtifactCorrupt(
-            f"{artifact.self_test.path}: the self-test cannot be read or run: {error}. Build the"
-            f" artifact again."
+            f"{artifact.self_test.path}: the self-test cannot be read or run:"
+            f" {str(error).rstrip('.'):.300}. Build the artifact again."
+        ) from None
+    except MemoryError:
+        raise ArtifactError(
+            f"{artifact.self_test.path}: there is not enough memory for the self-test. Give the"
+            f" process more."
         ) from None
     return tuple(results)
 
@@ -77,19 +70,27 @@ def _run(
     artifact: Artifact,
     call: Call,
     case: SelfTestCase,
-    vectors: Mapping[str, AnyArray],
+    vectors: Vectors,
 ) -> list[SelfTestResult]:
     make, read = dlpack.tensor_of, dlpack.memory_view
     if isinstance(call, CudaCall):
         make = partial(cuda_arrays.tensor_of, device=call.test_device)
         read = cuda_arrays.memory_view
     signature, prefix, tolerance = call.signature, case.prefix, case.tolerance
-    inputs = []
-    for spec in signature.inputs:
-        stored = vectors[f"{prefix}.in.{spec.name}"]
-        whole = np.resize(stored, case.shapes.get(spec.name, stored.shape))
-        inputs.append(make(whole, spec.dtype))
-    outputs = call.kernel(inputs)
+    stored = [vectors[f"{prefix}.in.{spec.name}"] for spec in signature.inputs]
+    shapes = [
+        case.shapes.get(spec.name, array.shape)
+        for spec, array in zip(signature.inputs, stored, strict=True)
+    ]
+    for shape in signature.output_shapes(shapes):
+        if math.prod(shape) > MOST_TESTED:
+            raise ValueError(f"{prefix} has an output of shape {shape}, which is too large")
+    outputs = call.kernel(
+        [
+            make(np.resize(array, shape), spec.dtype)
+            for array, shape, spec in zip(stored, shapes, signature.inputs, strict=True)
+        ]
+    )
     results = []
     for spec, output in zip(signature.outputs, outputs, strict=True):
         want = vectors[f"{prefix}.out.{spec.name}"]

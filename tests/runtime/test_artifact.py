@@ -158,16 +158,16 @@ def _set(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("requires", to=None), ArtifactCorrupt, "'requires'.*nothing"),
         (_set("requires", "tvm_ffi", to="0.1"), ArtifactCorrupt, "'tvm_ffi'"),
         (_set("requires", "tvm_ffi", "from", to="new"), ArtifactCorrupt, "'new'.*no version"),
-        (_set("requires", "tvm_ffi", "from", to="1" * 5000), ArtifactCorrupt, "no version"),
+        (_set("requires", "tvm_ffi", "from", to="1" * 500), ArtifactCorrupt, "no version"),
         (
             _set("requires", "tvm_ffi", "from", to="0.9"),
             ArtifactIncompatible,
             r"apache-tvm-ffi >=0\.9,<0\.2, and 0.* is installed.*pip install",
         ),
         (_set("libraries", 0, "target", "features", to=[1]), ArtifactCorrupt, "hold names"),
-        (_set("kinds", "forward", "graph", "file", to="a\0b"), ArtifactCorrupt, "plain file name"),
-        (_set("kinds", "forward", "graph", "file", to="\ud800"), ArtifactCorrupt, "missing"),
-        (_set("kinds", "forward", "graph", "file", to="x" * 999), ArtifactError, "name too long"),
+        (_set("kinds", "forward", "graph", "file", to="a\0b"), ArtifactCorrupt, "be printed"),
+        (_set("kinds", "forward", "graph", "file", to="\ud800"), ArtifactCorrupt, "be printed"),
+        (_set("kinds", "forward", "graph", "file", to="x" * 999), ArtifactCorrupt, "plain file n"),
         (_set("kinds", "forward", "graph", "size", to=-1), ArtifactCorrupt, "-1 bytes"),
         (_set("self_test", "status", to=None), ArtifactCorrupt, "'status'"),
         (_set("self_test", "cases", 0, "prefix", to=None), ArtifactCorrupt, "'prefix'"),
@@ -219,7 +219,7 @@ def test_what_is_no_plain_file(changed: Changed, name: str) -> None:
 def test_a_huge_manifest_is_not_read(changed: Changed) -> None:
     path = changed()
     os.truncate(path / "manifest.json", 2**40)
-    with pytest.raises(ArtifactCorrupt, match="at most 16777216 bytes, but the file has 1099511"):
+    with pytest.raises(ArtifactCorrupt, match="at most 1048576 bytes, but the file has 1099511"):
         load(path)
 
 
