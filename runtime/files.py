@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def short(value: object, most: int = 60) -> str:
     """A value for a message, however long it is."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def listed(names: Iterable[str], most: int = 16, between: str = ", ") -> str:
+    """Names for a message, however many they are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return between.join(every[:most]) + more
 
 
 class Folder:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 import tvm_ffi
 
 from normgraph import cuda
-from normgraph.cpu import MACHINE_NAMES, cpu_flags, has_feature, machine
+from normgraph.cpu import FLAGS_FILES, MACHINE_NAMES, cpu_flags, has_feature, machine
+from normgraph.runtime.files import listed
 
 # The versions of tvm_ffi a library was made for: the first, and the first that is too new.
 LoaderRange = tuple[tuple[int, ...], tuple[int, ...]]
@@ -26,17 +27,24 @@ def obstacle(
     archs, toolkit: of a CUDA library, the images it holds and the CUDA version they are of.
     """
     if kind not in ("llvm", "c", "cuda"):
-        return f"it is for {kind} devices, and this loader runs CPU and CUDA libraries"
+        return f"it is for {kind:.60} devices, and this loader runs CPU and CUDA libraries"
     architecture, _, system = triple.partition("-")
     architecture = MACHINE_NAMES.get(architecture, architecture)
     if architecture != machine():
-        return f"it is for {architecture}, and this host is {machine()}"
+        return f"it is for {architecture:.60}, and this host is {machine()}"
     if "linux" not in system:
-        return f"it is for {system or 'an unknown system'}, and this host runs Linux"
+        return f"it is for {system or 'an unknown system':.60}, and this host runs Linux"
     flags = cpu_flags()
     missing = [name for name in features if not has_feature(name.removeprefix("+"), flags)]
+    needed = listed(f"{name:.60}" for name in missing)
+    if missing and not flags:
+        source = FLAGS_FILES.get(machine(), "/proc")
+        return (
+            f"it needs the CPU features {needed}, and which of them this host has cannot be told:"
+            f" {source} cannot be read, or says nothing"
+        )
     if missing:
-        return f"it needs the CPU features {', '.join(missing)}, which this host lacks"
+        return f"it needs the CPU features {needed}, which this host lacks"
     return cuda.obstacle(archs, (toolkit[0], toolkit[1])) if kind == "cuda" else None
 
 

@@ -11,6 +11,7 @@ from normgraph.cpu import vector_bytes
 from normgraph.cuda import capability_of, image_for, state
 from normgraph.errors import ArtifactIncompatible, TargetError
 from normgraph.runtime import host
+from normgraph.runtime.files import listed, short
 
 # Names the target whose library is loaded, in place of the best one.
 VARIABLE = "NORMGRAPH_TARGET"
@@ -78,18 +79,20 @@ def choose(root: Path, libraries: Sequence[Library]) -> Library:
     if named and libraries and named not in (each.target for each in libraries):
         raise TargetError(
             f"{root}: expected {VARIABLE} to name a target this artifact has a library for"
-            f" ({', '.join(each.target for each in libraries)}); it is {named!r}. Set it to one of"
-            f" these, or unset it to have the best one loaded."
+            f" ({listed(f'{each.target:.60}' for each in libraries)}); it is {short(named)}. Set it"
+            f" to one of these, or unset it to have the best one loaded."
         )
     asked = [each for each in libraries if named in ("", each.target)]
     found = [(each, each.obstacle()) for each in asked]
     usable = [each for each, obstacle in found if obstacle is None]
     if not usable:
-        reasons = "; ".join(f"{each.target}: {obstacle}" for each, obstacle in found)
+        reasons = listed((f"{each.target:.60}: {why}" for each, why in found), between="; ")
         what = f"the library that {VARIABLE} asks for does not run" if named else (
             "no library of the artifact runs"
         )  # fmt: skip
         advice = f"Unset {VARIABLE}" if named else "Compile it for a target this host runs"
+        if not host.cpu_flags():
+            advice = "Have /proc mounted, also in a container or a chroot"
         raise ArtifactIncompatible(
             f"{root}: {what} on this host ({reasons or 'it has none'}). {advice}."
         )

@@ -30,6 +30,9 @@ from normgraph.runtime.library import Library
 _MFD_EXEC = 0x10
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
+# Where files in memory have paths.
+_MEMORY = "/proc/self/fd"
+
 _counter = itertools.count(1)
 
 
@@ -68,16 +71,30 @@ def load_library(library: Library) -> LoadedLibrary:
                 return _loaded.setdefault(library.sha256, LoadedLibrary(_load(path)))
         except (RuntimeError, OSError, ValueError) as error:
             errors.append(error)
-    reason = f"from memory: {errors[0]}; from a temporary file: {errors[1]}"
-    if all(isinstance(error, OSError) for error in errors):
+    reason = "; ".join(
+        f"{place}: {str(error).strip():.300}"
+        for place, error in zip(("from memory", "from a temporary file"), errors, strict=True)
+    )
+    memory, file = map(_is_refused, errors)
+    # Memory has no path where /proc is not mounted.
+    if file and (memory or not os.path.isdir(_MEMORY)):
         raise ArtifactError(
-            f"{library.path}: the library cannot be handed to the system's loader ({reason}). Lift"
-            f" the limit, or set TMPDIR to a folder that can be written to."
+            f"{library.path}: the library cannot be handed to the system's loader ({reason})."
+            f" Set TMPDIR to a folder that can be written to, on a file system that is not mounted"
+            f" noexec; where memory is short, give the process more."
         )
     raise ArtifactIncompatible(
         f"{library.path}: the system's loader refuses the library ({reason}). Compile the artifact"
         f" again on or for this host."
     )
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the system let no code come from there, whatever the code is.
+
+    The text is glibc's for a file on a file system from which nothing may be run.
+    """
+    return isinstance(error, OSError) or "failed to map segment" in str(error)
 
 
 def _load(path: str) -> Any:
@@ -102,7 +119,7 @@ def _sealed_memory(library: Library) -> Iterator[str]:
         # The loader knows libraries by the text of their paths, and numbers of open files come
         # again. Of each path the number in binary, written in ways to say nothing, tells it apart.
         unique = bin(next(_counter))[2:].replace("0", "/").replace("1", "./")
-        with _passing_link(f"/proc/self/fd/{unique}{memory}") as path:
+        with _passing_link(f"{_MEMORY}/{unique}{memory}") as path:
             yield path
     finally:
         os.close(memory)

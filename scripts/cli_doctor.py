@@ -33,7 +33,7 @@ _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "asimd", "asim
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `status` is ok, or missing; `advice` is empty where nothing is to do."""
+    """One thing looked at. `status` is ok, missing or unknown; `advice` is what is to be done."""
 
     topic: str
     name: str
@@ -55,17 +55,18 @@ def doctor(options: argparse.Namespace) -> int:
 
 def _host() -> list[Finding]:
     """Of a host that is not supported nothing is said here: there `import normgraph` refuses."""
-    from normgraph.cpu import cpu_flags, levels
+    from normgraph.cpu import FLAGS_FILES, cpu_flags, levels, machine
     from normgraph.runtime.library import VARIABLE
 
     flags = cpu_flags()
     features = " ".join(name for name in _CPU_FEATURES if name in flags) or "none of those asked"
+    told = ("ok", "") if flags else ("unknown", f"have {FLAGS_FILES[machine()]} readable")
     libc = " ".join(platform.libc_ver()) or "unknown C library"
     return [
         Finding("host", "normgraph", __version__),
         Finding("host", "python", f"{platform.python_version()} ({sys.executable})"),
         Finding("host", "system", f"{platform.system()} {platform.machine()}, {libc}"),
-        Finding("host", "cpu", f"{len(os.sched_getaffinity(0))} usable cores, {features}"),
+        Finding("host", "cpu", f"{len(os.sched_getaffinity(0))} usable cores, {features}", *told),
         Finding("host", "targets", ", ".join(levels()) or "none of those with a name"),
         Finding(
             "host", VARIABLE, os.environ.get(VARIABLE) or "not set: the best library is loaded"

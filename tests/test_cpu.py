@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,17 @@ def test_the_size_of_a_vector(features: tuple[str, ...], size: int) -> None:
 def test_no_level_of_an_unknown_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "machine", lambda: "riscv64")
     assert cpu.levels() == []
+
+
+@pytest.mark.parametrize("name", ["x86_64", "aarch64", "riscv64"])
+def test_a_machine_that_tells_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"x86_64": str(tmp_path / "none"), "aarch64": str(tmp_path)}
+    monkeypatch.setattr(cpu, "machine", lambda: name)
+    monkeypatch.setattr(cpu, "FLAGS_FILES", files)
+    cpu.cpu_flags.cache_clear()
+    try:
+        assert cpu.cpu_flags() == frozenset()
+    finally:
+        cpu.cpu_flags.cache_clear()

@@ -60,6 +60,9 @@ _LINUX_NAMES = {
 
 MACHINE_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
+# Where Linux tells a machine's features.
+FLAGS_FILES = {"x86_64": "/proc/cpuinfo", "aarch64": "/proc/self/auxv"}
+
 # Of an aarch64 process: Linux's names of the bits of AT_HWCAP and AT_HWCAP2 in its auxiliary
 # vector, <asm/hwcap.h>. Not from /proc/cpuinfo, in which an emulator may show its own host.
 _HWCAP, _HWCAP2 = 16, 26
@@ -94,12 +97,12 @@ _HWCAP_NAMES = {
 def cpu_flags() -> frozenset[str]:
     """The CPU features Linux reports, under Linux's names; empty where it reports none."""
     try:
-        if machine() == "aarch64":
-            return hwcap_flags(Path("/proc/self/auxv").read_bytes())
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        content = Path(FLAGS_FILES[machine()]).read_bytes()
+    except (KeyError, OSError):  # another machine, or /proc is not there
         return frozenset()
-    for line in text.splitlines():
+    if machine() == "aarch64":
+        return hwcap_flags(content)
+    for line in content.decode("utf-8", errors="replace").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "flags":
             return frozenset(value.split())

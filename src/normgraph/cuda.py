@@ -175,7 +175,7 @@ def obstacle_of(found: State, archs: Sequence[str], toolkit: tuple[int, int]) ->
     images = [image_for(device.capability, archs) for device in found.devices]
     if all(image is None for image in images):
         here = ", ".join(dict.fromkeys(f"{d.name} ({d.arch})" for d in found.devices))
-        return f"it holds code for {', '.join(archs)}, and here is {here}"
+        return f"it holds code for {', '.join(archs):.200}, and here is {here}"
     if found.version < toolkit and not any((each or "").startswith("sm_") for each in images):
         return (
             f"its PTX is of CUDA {_dotted(toolkit)}, and the driver's compiler knows CUDA"

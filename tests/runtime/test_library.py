@@ -124,3 +124,14 @@ def test_an_object_file_is_passed_over(on: On) -> None:
     assert choose(Path("a"), [*EVERY, better]).target == "aarch64"
     with pytest.raises(ArtifactIncompatible, match="still to be linked"):
         choose(Path("a"), [better])
+
+
+def test_a_host_that_does_not_tell_its_features(on: On) -> None:
+    """Without /proc nothing is known, which is not the CPU's fault."""
+    for machine, file in (("x86_64", "/proc/cpuinfo"), ("aarch64", "/proc/self/auxv")):
+        on(machine, "")
+        with pytest.raises(ArtifactIncompatible) as caught:
+            choose(Path("a"), EVERY)
+        assert f"cannot be told: {file} cannot be read, or says nothing" in str(caught.value)
+        assert str(caught.value).endswith("Have /proc mounted, also in a container or a chroot.")
+        assert "lacks" not in str(caught.value)

@@ -20,7 +20,7 @@ import pytest
 import tvm_ffi
 
 from normgraph.errors import ArtifactError, ArtifactIncompatible
-from normgraph.runtime import Operator, load
+from normgraph.runtime import Operator, load, loading
 from normgraph.runtime.library import Library
 from normgraph.runtime.loading import load_library
 
@@ -235,6 +235,30 @@ def test_a_system_that_does_not_know_memory_to_run(
     content = load_artifact_library(toy.artifact("float32")) + b"before 6.3"
     assert load_library(library_of(content)).function("forward") is not None
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("missing", ["memory to run", "/proc"])
+def test_a_folder_for_temporary_files_from_which_nothing_may_be_run(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mounted noexec, which the loader says in its own words."""
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def load_from(path: str, form: str) -> Any:
+        real = os.path.realpath(path)
+        what = "failed to map segment from" if os.path.exists(real) else "cannot open"
+        raise RuntimeError(f"{path}: {what} shared object")
+
+    monkeypatch.setattr(tvm_ffi, "get_global_func", lambda name: load_from)
+    if missing == "/proc":
+        monkeypatch.setattr(loading, "_MEMORY", "/nothing")
+    else:
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(ArtifactError, match=r"Set TMPDIR.*not mounted noexec") as caught:
+        load_library(library_of(b"a library"))
+    assert not isinstance(caught.value, ArtifactIncompatible)
 
 
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + b"\2" * 4096])

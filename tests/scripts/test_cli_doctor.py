@@ -42,6 +42,15 @@ def test_doctor_as_json(cli: Callable[..., Any]) -> None:
     assert all(each["advice"] for each in found if each["status"] == "missing")
 
 
+def test_doctor_says_what_to_do_where_the_cpu_cannot_be_told(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normgraph.cpu.cpu_flags", frozenset)
+    found = {each["name"]: each for each in json.loads(cli("doctor", "--json").out)}
+    assert found["cpu"]["status"] == "unknown"
+    assert "/proc/" in found["cpu"]["advice"]
+
+
 def test_doctor_says_what_to_do_about_a_missing_compiler(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
