@@ -28,8 +28,10 @@ LOADER_RANGE = {"from": "0.1.15", "below": "0.2"}
 _LOCK = ".lock"
 _UNFINISHED = ".writing-"
 # The names `Draft` gives files, with the hash in them.
-_OWN = re.compile(
-    r"graph-[a-z_]+-[0-9a-f]{12}\.onnx|kernels-.+-[0-9a-f]{12}\.s?o|selftest-[0-9a-f]{12}\.npz"
+OWN_NAME = re.compile(
+    r"graph-[a-z_]+-[0-9a-f]{12}\.onnx|kernels-[\w.+-]+-[0-9a-f]{12}\.s?o"
+    r"|selftest-[0-9a-f]{12}\.npz",
+    re.ASCII,
 )
 
 
@@ -109,7 +111,7 @@ class Writer:
         # What cannot be removed does no harm.
         with contextlib.suppress(OSError):
             for file in list(self.root.iterdir()):
-                if _OWN.fullmatch(file.name) and file.name not in self.named:
+                if OWN_NAME.fullmatch(file.name) and file.name not in self.named:
                     with contextlib.suppress(OSError):
                         os.unlink(file)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from normgraph.compile.artifact import Draft
+from normgraph.compile.artifact import OWN_NAME, Draft
 from normgraph.compile.locks import locked
 from normgraph.errors import ArgumentError
 
@@ -34,7 +34,9 @@ FOLDER = "NORMGRAPH_CACHE_DIR"
 LIMIT = "NORMGRAPH_CACHE_BYTES"
 _LIMIT_BY_DEFAULT = 256 * 2**20
 
-_MAGIC = b"normgraph-cache-1 "
+_MAGIC = b"normgraph-cache-2 "
+# No entry comes near this; what is larger is not read.
+_LARGEST = 2**30
 _ENTRY, _LOCK, _UNFINISHED = ".built", ".lock", ".writing-"
 # Seconds: a build takes less; what a process that was killed left behind is older.
 _MOST_WAITED = 600.0
@@ -97,11 +99,11 @@ class Cache:
         except OSError:
             return None
         if content is None:
-            say(f"compile cache: {file} is not a file of this user alone, so it is not used")
+            say(f"compile cache: {file} is too large or not of this user alone: not used")
             return None
         try:
-            draft = _unpack(content)
-        except ValueError as error:
+            draft = _unpack(content, key)
+        except (ValueError, RecursionError) as error:
             say(f"compile cache: {file.name} is damaged ({error}), so it is built anew")
             _remove(file)
             return None
@@ -111,8 +113,8 @@ class Cache:
 
     def _put(self, key: str, draft: Draft) -> None:
         """Store an artifact, and remove others where there are too many bytes."""
-        content = _pack(draft)
-        if len(content) > self.limit:
+        content = _pack(draft, key)
+        if len(content) > min(self.limit, _LARGEST):
             return
         with contextlib.suppress(OSError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -206,33 +208,45 @@ def _read(file: Path) -> bytes | None:
     if not _is_own(file.lstat()):  # a pipe would be waited for
         return None
     with open(file, "rb") as stream:
-        return stream.read() if _is_own(os.fstat(stream.fileno())) else None
+        return stream.read(_LARGEST) if _is_own(os.fstat(stream.fileno())) else None
 
 
 def _is_own(status: os.stat_result) -> bool:
     plain = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o022
-    return plain and status.st_uid == os.geteuid()
+    return plain and status.st_uid == os.geteuid() and status.st_size <= _LARGEST
 
 
-def _pack(draft: Draft) -> bytes:
+def _pack(draft: Draft, key: str) -> bytes:
     names = [[name, len(content)] for name, content in draft.files.items()]
-    head = json.dumps({"manifest": draft.manifest, "files": names}).encode("ascii")
-    body = b"\n".join((head, b"".join(draft.files.values())))
+    stated = {"key": key, "manifest": draft.manifest, "files": names}
+    body = b"\n".join((json.dumps(stated).encode("ascii"), b"".join(draft.files.values())))
     return _MAGIC + hashlib.sha256(body).hexdigest().encode("ascii") + b"\n" + body
 
 
-def _unpack(content: bytes) -> Draft:
-    """Raises ValueError where it is not what `_pack` made."""
+def _unpack(content: bytes, key: str) -> Draft:
+    """Raises ValueError, or RecursionError, where it is not what `_pack` made for the key."""
     first, _, body = content.partition(b"\n")
     if first != _MAGIC + hashlib.sha256(body).hexdigest().encode("ascii"):
         raise ValueError("its sha256 differs")
     head, _, rest = body.partition(b"\n")
     stated = json.loads(head)
-    draft = Draft(manifest=stated["manifest"])
+    if not isinstance(stated, dict) or stated.get("key") != key:
+        raise ValueError("it is of another build")
+    manifest, names = stated.get("manifest"), stated.get("files")
+    if not isinstance(manifest, dict) or not isinstance(names, list):
+        raise ValueError("it does not say what it holds")
+    draft = Draft(manifest=manifest)
     start = 0
-    for name, size in stated["files"]:
+    for each in names:
+        name, size = each if isinstance(each, list) and len(each) == 2 else (None, None)
+        if not isinstance(name, str) or not OWN_NAME.fullmatch(name) or name in draft.files:
+            raise ValueError(f"{name!r:.80} is no name of a file of an artifact")
+        if type(size) is not int or not 0 <= size <= len(rest) - start:
+            raise ValueError(f"{name} cannot have {size!r:.40} bytes")
         draft.files[name] = rest[start : start + size]
         start += size
+    if start != len(rest):
+        raise ValueError(f"{len(rest) - start} bytes are of no file")
     return draft
 
 
