@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from normgraph.errors import CompileError
 # TVM builds functions on a stack that all threads share.
 _ONE_AT_A_TIME = threading.Lock()
 
-# Larger static inputs take the float64 answers gigabytes and minutes.
+# Larger inputs take the float64 answers gigabytes and minutes. No self-test of more is loaded.
 _MOST_TESTED = 2**25
 
 
@@ -73,7 +72,7 @@ def build(
     progress: called with a line per step.
     self_test: run the kernels on vectors with float64 answers before anything is written, for each
     target this machine can run; the vectors travel with the artifact. False leaves them out, as
-    do static shapes of more than 2**25 elements.
+    do shapes that have more than 2**25 elements where each symbolic dim is 2 to 13.
 
     cache: take what was built before of the same graphs for the same targets from the compile
     cache. False builds in any case, as do debug_dump and the environment's NORMGRAPH_CACHE=off.
@@ -165,7 +164,7 @@ def _library(
 
 
 def _cases(graphs: Sequence[Graph], say: Callable[[str], None]) -> list[Case]:
-    largest = max(math.prod(d for d in p.shape if isinstance(d, int)) for p in graphs[0].inputs)
+    largest = max(vectors.most_elements(graph.inputs) for graph in graphs)
     if largest > _MOST_TESTED:
         say(f"no self-test: inputs of {largest} elements are too many; normgraph verify does it")
         return []

@@ -75,15 +75,30 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 def cases(spec: NormSpec, kind: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> list[Case]:
     """Self-test cases of one kind, the same for every build."""
-    dims = list(dict.fromkeys(d for p in inputs for d in p.shape if isinstance(d, str)))
-    small, large = (dict(zip(dims, size, strict=False)) for size in _SIZES)
-    while dims and max(_count(port.shape, large) for port in inputs) < _PARALLEL_ELEMENTS:
-        large[dims[-1]] = 2 * large[dims[-1]] + 1
+    small, large = _sizes(inputs)
     made = [_case(spec, kind, inputs, outputs, f"{kind}.large_mean", large, small_scale=False)]
     if max(_count(port.shape, small) for port in inputs) <= _TESTED_TWICE:
         prefix = f"{kind}.small_variance"
         made.append(_case(spec, kind, inputs, outputs, prefix, small, small_scale=True))
     return made
+
+
+def most_elements(inputs: Sequence[Port]) -> int:
+    """Of an input in the self-test cases of a kind with these inputs.
+
+    The small case has more where it is left out, alone.
+    """
+    _, large = _sizes(inputs)
+    return max(_count(port.shape, large) for port in inputs)
+
+
+def _sizes(inputs: Sequence[Port]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of the symbolic dims, in the small case and in the large one."""
+    dims = list(dict.fromkeys(d for p in inputs for d in p.shape if isinstance(d, str)))
+    small, large = (dict(zip(dims, size, strict=False)) for size in _SIZES)
+    while dims and max(_count(port.shape, large) for port in inputs) < _PARALLEL_ELEMENTS:
+        large[dims[-1]] = 2 * large[dims[-1]] + 1
+    return small, large
 
 
 def _count(shape: Sequence[int | str], sizes: Mapping[str, int]) -> int:

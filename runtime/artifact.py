@@ -108,7 +108,7 @@ def _check(folder: Folder, manifest: dict[str, Any], edition: Edition) -> Artifa
         spec = NormSpec.from_dict(fields.field(file, manifest, "spec", dict))
     except (SpecError, TypeError) as error:
         raise ArtifactIncompatible(
-            f"{file}: this normgraph does not know the artifact's spec: {str(error):.400}. Install"
+            f"{file}: this normgraph does not know the artifact's spec: {error!s:.400}. Install"
             f" the normgraph that built it ({short(manifest.get('normgraph_version'))}), or build"
             f" it again."
         ) from None

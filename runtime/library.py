@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from normgraph import cpu
 from normgraph.cpu import vector_bytes
 from normgraph.cuda import capability_of, image_for, state
 from normgraph.errors import ArtifactIncompatible, TargetError
@@ -91,7 +92,7 @@ def choose(root: Path, libraries: Sequence[Library]) -> Library:
             "no library of the artifact runs"
         )  # fmt: skip
         advice = f"Unset {VARIABLE}" if named else "Compile it for a target this host runs"
-        if not host.cpu_flags():
+        if not cpu.cpu_flags():
             advice = "Have /proc mounted, also in a container or a chroot"
         raise ArtifactIncompatible(
             f"{root}: {what} on this host ({reasons or 'it has none'}). {advice}."

@@ -26,8 +26,8 @@ MANIFEST = "manifest.json"
 # No manifest comes near this; what is larger is not read.
 LARGEST = 2**20
 
-# The most axes and elements of a tensor; the elements of one in a self-test, of which a build leaves
-# out what is larger.
+# The most axes and elements of a tensor, and the most elements of one in a self-test: where there
+# would be more, a build leaves the self-test out.
 _MOST_AXES = 16
 _MOST_ELEMENTS = 2**40
 MOST_TESTED = 2**25

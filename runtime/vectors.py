@@ -56,7 +56,8 @@ def _array(content: bytes, name: str) -> AnyArray:
         raise ValueError(f"{name} is no .npy file of numbers: {short(content[:end], 100)}")
     dtype = np.dtype(header[1].decode("ascii"))
     shape = tuple(int(size) for size in re.findall(rb"[0-9]+", header[3]))
-    if math.prod(shape) * dtype.itemsize != len(content) - end:
-        raise ValueError(f"{name} is said to have shape {shape}, and has {len(content) - end} bytes")
+    size = len(content) - end
+    if math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} is said to have shape {short(shape)}, and has {size} bytes")
     flat: AnyArray = np.frombuffer(content, dtype, offset=end, count=math.prod(shape))
     return flat.reshape(shape, order="F" if header[2] == b"True" else "C")

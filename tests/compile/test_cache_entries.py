@@ -14,6 +14,7 @@ from normgraph.compile.artifact import Draft
 from normgraph.compile.cache import Cache
 
 NAME = "selftest-0123456789ab.npz"
+SIZES: list[Any] = [-1, 2, 4, 10**30, 3.0, True, "3", None, [], {}]
 
 
 def made() -> Draft:
@@ -75,10 +76,7 @@ def test_an_entry_as_the_cache_makes_it(kept: Cache) -> None:
                 "kernels-\ud800-0123456789ab.so",
             )
         ),
-        *(
-            entry(head(files=[[NAME, size]]), b"abc")
-            for size in (-1, 2, 4, 10**30, 3.0, True, "3", None, [], {})
-        ),
+        *(entry(head(files=[[NAME, size]]), b"abc") for size in SIZES),
         *(
             entry(text)
             for text in (b"", b"[]", b"null", b"3", b"\xff", b"[" * 100_000, b'{"key":' * 99_999)
