@@ -8,7 +8,8 @@ import keyword
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,9 +179,20 @@ def signature(file: Path, kind: str, entry: Any) -> Signature:
         for dim in spec.shape:
             if isinstance(dim, str) and dim not in bound:
                 raise ArtifactCorrupt(
-                    f"{file}: no input of {kind} tells the extent {dim} of {spec}. {REBUILD}"
+                    f"{file}: no input of {kind} tells the extent {dim} of {spec!s:.200}. {REBUILD}"
                 )
+        if not any(_holds(each.shape, spec.shape) for each in found.inputs):
+            raise ArtifactCorrupt(
+                f"{file}: {spec!s:.200} is larger than every input of {kind}. {REBUILD}"
+            )
     return found
+
+
+def _holds(larger: Sequence[int | str], smaller: Sequence[int | str]) -> bool:
+    """Whether the second shape never has more elements, as the table of operators has it."""
+    fixed = [math.prod(dim for dim in dims if isinstance(dim, int)) for dims in (larger, smaller)]
+    named = [Counter(dim for dim in dims if isinstance(dim, str)) for dims in (larger, smaller)]
+    return fixed[0] >= fixed[1] and named[0] >= named[1]
 
 
 def _tensors(file: Path, entries: list[Any]) -> tuple[TensorSpec, ...]:
@@ -217,12 +229,12 @@ def shape(file: Path, entry: Any) -> tuple[int | str, ...]:
         len(dims) > _MOST_AXES
         or len(sizes) + len(names) < len(dims)
         or not all(name.isidentifier() for name in names)
-        or any(size < 0 for size in sizes)
-        or math.prod(size or 1 for size in sizes) > _MOST_ELEMENTS
+        or any(size < 1 for size in sizes)
+        or math.prod(sizes) > _MOST_ELEMENTS
     ):
         raise ArtifactCorrupt(
-            f"{file}: {short(dims)} is no shape: expected at most {_MOST_AXES} sizes, or names of"
-            f" sizes, and at most {_MOST_ELEMENTS} elements. {REBUILD}"
+            f"{file}: {short(dims)} is no shape: expected at most {_MOST_AXES} sizes from 1 on, or"
+            f" names of sizes, and at most {_MOST_ELEMENTS} elements. {REBUILD}"
         )
     return tuple(dims)
 

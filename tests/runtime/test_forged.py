@@ -131,6 +131,7 @@ X = (*FORWARD, "inputs", 0, "shape")
         (put(*X, [2**62, 2**62]), "is no shape"),
         (put(*X, [2**40, 2]), "is no shape"),
         (put(*X, ["N", -3, "L"]), "is no shape"),
+        (put(*X, ["N", 0, "L"]), "is no shape"),
         (put(*X, ["N", "", "L"]), "is no shape"),
         (put(*X, ["N", "a b", "L"]), "is no shape"),
         (put(*X, ["N", True, "L"]), "is no shape"),
@@ -138,6 +139,9 @@ X = (*FORWARD, "inputs", 0, "shape")
         (put(*X, ["N"] * 17), "is no shape"),
         (put(*X, [[]]), "is no shape"),
         (put("shape", [2**41]), "is no shape"),
+        (put(*FORWARD, "outputs", 1, "shape", ["N", 2**40, 1]), "larger than every input"),
+        (put(*FORWARD, "outputs", 1, "shape", ["N", 3, "N"]), "larger than every input"),
+        (put(*FORWARD, "outputs", 1, "shape", [4]), "larger than every input"),
         (put(*FORWARD, "inputs", 0, "name", "class"), "not names of arguments"),
         (put(*FORWARD, "inputs", 0, "name", "_x"), "not names of arguments"),
         (put(*FORWARD, "inputs", 0, "name", "x" * 101), "not names of arguments"),
@@ -306,8 +310,14 @@ def test_a_case_there_is_no_memory_for(with_member: Callable[..., Path]) -> None
 
 
 def test_an_output_that_is_large(changed: Changed) -> None:
-    edit = put(*FORWARD, "outputs", 3, "shape", [2**40])
-    in_little_memory(changed(edit), "an output of shape .1099511627776,., which is too large")
+    """The input of its size is said to be repeated from a single element."""
+
+    def edit(manifest: Any) -> None:
+        for role, place in (("inputs", 3), ("outputs", 3)):
+            manifest["kinds"]["forward"][role][place]["shape"] = [2**40]
+        manifest["self_test"]["cases"][0]["shapes"] = {"running_mean": [2**40]}
+
+    in_little_memory(changed(edit), "'running_mean' has shape .1099511627776., and 33554432 el")
 
 
 def test_vectors_that_are_no_archive_of_one_meaning(changed: Changed) -> None:
