@@ -130,6 +130,7 @@ def _check(folder: Folder, manifest: dict[str, Any], edition: Edition) -> Artifa
     cases = tuple(
         fields.self_test_case(file, case) for case in fields.field(file, tests, "cases", list)
     )
+    fields.check_work(file, cases)
     for case in cases:
         if case.kind not in kinds:
             raise ArtifactCorrupt(

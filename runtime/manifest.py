@@ -32,6 +32,8 @@ LARGEST = 2**20
 _MOST_AXES = 16
 _MOST_ELEMENTS = 2**40
 MOST_TESTED = 2**25
+# Of the tensors of all cases: five kinds have some three large ones each.
+_MOST_TESTED_IN_ALL = 32 * MOST_TESTED
 
 # Kinds, functions and tensors become names in Python and in a library.
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
@@ -271,3 +273,13 @@ def self_test_case(file: Path, entry: Any) -> SelfTestCase:
         shapes[name] = tuple(sizes)
     kind, prefix = field(file, entry, "kind", str), field(file, entry, "prefix", str)
     return SelfTestCase(kind, prefix, tolerance, shapes)
+
+
+def check_work(file: Path, cases: Sequence[SelfTestCase]) -> None:
+    """A self-test takes seconds, and memory for one case after the other."""
+    total = sum(math.prod(shape) for case in cases for shape in case.shapes.values())
+    if total > _MOST_TESTED_IN_ALL:
+        raise ArtifactCorrupt(
+            f"{file}: the cases of the self-test have {total} elements together, and"
+            f" {_MOST_TESTED_IN_ALL} are the most. {REBUILD}"
+        )

@@ -15,6 +15,8 @@ from normgraph.runtime.manifest import MOST_TESTED
 
 # Of one array: the largest tensor of a self-test in float64, and room for the header.
 _MOST_BYTES = 8 * MOST_TESTED + 2**16
+# Of all that is read: a build stores one tensor whole, and of the others a pattern.
+_MOST_READ = 4 * _MOST_BYTES
 
 # The header of an .npy file as numpy.save writes it for numbers in this machine's byte order:
 # NEP 1, version 1.0. Two bytes of the length of the text come before it.
@@ -30,6 +32,7 @@ class Vectors:
 
     def __init__(self, content: bytes) -> None:
         self._archive = archive.opened(io.BytesIO(content), len(content))
+        self._read = 0
 
     def __contains__(self, name: str) -> bool:
         return f"{name}.npy" in self._archive.NameToInfo
@@ -40,6 +43,9 @@ class Vectors:
             raise ValueError(
                 f"{entry.filename} has {entry.file_size} bytes, and {_MOST_BYTES} are the most"
             )
+        self._read += entry.file_size
+        if self._read > _MOST_READ:
+            raise ValueError(f"more than {_MOST_READ} bytes of arrays are asked for")
         with self._archive.open(entry) as stream:
             return _array(stream.read(entry.file_size), entry.filename)
 

@@ -51,7 +51,8 @@ SECTIONS = {
         " TVM exported, and in turn each file of an artifact. Not noticed: it is used, and gives"
         " the right result all the same.",
         ("runtime/test_artifact.py", "runtime/test_damage.py", "runtime/test_loading.py",
-         "runtime/test_replaced.py", "runtime/test_packed.py", "compile/test_build.py"),
+         "runtime/test_replaced.py", "runtime/test_packed.py", "runtime/test_packing.py",
+         "runtime/test_forged.py", "compile/test_build.py"),
     ),
 }  # fmt: skip
 # Of a message.

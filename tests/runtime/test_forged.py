@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from normgraph.errors import ArtifactCorrupt, ArtifactError
-from normgraph.runtime import load, pack
+from normgraph.runtime import load, pack, vectors
 from normgraph.runtime.files import StoredFile
 
 Changed = Callable[..., Path]
@@ -307,6 +307,23 @@ def test_a_case_there_is_no_memory_for(with_member: Callable[..., Path]) -> None
     whole = io.BytesIO()
     np.save(whole, np.ones((2, 3, 5), np.float32))
     in_little_memory(with_member(whole.getvalue(), edit), "not enough memory", ArtifactError)
+
+
+def test_the_same_work_again_and_again(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(manifest: Any) -> None:
+        manifest["self_test"]["cases"] *= 100
+
+    monkeypatch.setattr(vectors, "_MOST_READ", 100_000)
+    with pytest.raises(ArtifactCorrupt, match="more than 100000 bytes of arrays"):
+        load(changed(edit))
+
+
+def test_cases_that_are_large_together(changed: Changed) -> None:
+    def edit(manifest: Any) -> None:
+        case = {**manifest["self_test"]["cases"][0], "shapes": {"x": [2**25]}}
+        manifest["self_test"]["cases"] = [case] * 33
+
+    in_little_memory(changed(edit), "have 1107296256 elements together, and 1073741824 are")
 
 
 def test_an_output_that_is_large(changed: Changed) -> None:
