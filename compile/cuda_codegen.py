@@ -29,6 +29,24 @@ _LAUNCH_TAGS = {
     "threadIdx.z": "Z",
     "tirx.use_dyn_shared_memory": "m",
 }
+# Words of 64 bits by which the blocks of a launch tell each other values: a float32 and its turn.
+# Volatile accesses of 64 bits are done as a whole (PTX ISA, "Memory consistency model"), so that a
+# word of the right turn holds the value of that turn, and nothing else has to be ordered by it.
+_POST, _AWAIT = "normgraph_post", "normgraph_await"
+_WORDS = f"""
+__device__ __forceinline__ void {_POST}(int64_t* words, int at, float value, int turn) {{
+  *(volatile unsigned long long*)(words + at) =
+      (unsigned long long)(unsigned)turn << 32 | __float_as_uint(value);
+}}
+__device__ __forceinline__ float {_AWAIT}(const int64_t* words, int at, int turn) {{
+  unsigned long long word;
+  do {{
+    word = *(const volatile unsigned long long*)(words + at);
+  }} while ((unsigned)(word >> 32) != (unsigned)turn);
+  return __uint_as_float((unsigned)word);
+}}
+
+"""
 _LETTERS = {"int64": "l", "int32": "i", "bool": "b", "float32": "f", "float64": "d"}
 
 
@@ -54,7 +72,8 @@ class Kernel:
     """A kernel as it is launched.
 
     params: a letter each, p pointer, l int64, i int32, b bool, f float32, d float64. launch: a
-    letter each, x y z the grid, X Y Z the block, m bytes of dynamic shared memory.
+    letter each, x y z the grid, X Y Z the block, m bytes of dynamic shared memory; and a c at the
+    end where blocks wait for one another, so that all have to be resident together.
     """
 
     name: str
@@ -135,7 +154,11 @@ def source_of(parts: Split, target: Target) -> str:
     goal = tvm.target.Target({"kind": "cuda", "arch": target.archs[0]})
     with _not_compiled():
         module = tvm.get_global_func("target.build.cuda")(parts.device, goal)
-        return str(module.inspect_source())
+        text = str(module.inspect_source())
+    if _AWAIT not in text:
+        return text
+    first = text.index('extern "C" __global__')
+    return text[:first] + _WORDS.lstrip("\n") + text[first:]
 
 
 @contextlib.contextmanager
@@ -160,6 +183,8 @@ def host_module(parts: Split, target: Target) -> Any:
 def _kernel(func: Any) -> Kernel:
     params = "".join(_letter(param) for param in func.params)
     launch = "".join(_LAUNCH_TAGS[str(tag)] for tag in func.attrs["tirx.kernel_launch_params"])
+    if _AWAIT in func.script():
+        launch += "c"
     return Kernel(str(func.attrs["global_symbol"]), params, launch)
 
 

@@ -25,7 +25,7 @@ from tvm import tirx
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.cuda_finish import over_shares
 from normgraph.compile.cuda_frame import CudaFrame, Room
-from normgraph.compile.cuda_gather import Parts, Stage, gather, stages
+from normgraph.compile.cuda_gather import Centring, Parts, Stage, gather, stages
 from normgraph.compile.cuda_geometry import Geometry, Mapping, Span, shifted
 from normgraph.compile.cuda_kernel import (
     WARP,
@@ -56,7 +56,7 @@ from normgraph.compile.cuda_settle import Settler
 from normgraph.compile.cuda_tile import Tile
 from normgraph.compile.shifted_sums import Match
 from normgraph.compile.slice_plan import SlicePlan, Step, distinct
-from normgraph.compile.tensor_program import Apply, Load, Operation, Tensor, loads
+from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, i64, plus, product, seq, times, when
 
 THREADS = 256
@@ -274,26 +274,17 @@ class ColumnSlices:
             stmts.append(when(wanted, block.each_tile(block.span(), tile)))
 
     def _centred(self, stage: Stage, found: Match, block: MatrixBlock, stmts: list[Stmt]) -> None:
-        dtype, x = found.total.op.out.dtype, found.total.value
-        dims = found.total.op.out.dims
-        shift = Tensor("shift", dtype, dims)
-        around = Apply(tirx.Sub, (x, Load(shift)))
-        needs = found.total.needs | found.centred.needs | found.squares.needs
-
-        def step(name: str, value: Any) -> Step:
-            return Step(Operation(Tensor(name, dtype, dims), value), value, needs)
-
+        around = Centring(found)
         sample = block.span(16)
-        (total,) = block.sums([step("sample", x)], sample, stmts).values()
-        count = tirx.Var("sampled", dtype)
-        stmts.append(tirx.Bind(count, tirx.Cast(dtype, sample.row_end - sample.row)))
+        (total,) = block.sums([around.sample], sample, stmts).values()
+        count = tirx.Var("sampled", self.frame.dtype)
+        stmts.append(tirx.Bind(count, tirx.Cast(self.frame.dtype, sample.row_end - sample.row)))
         width = self.matrix.vector
         stmts.append(
             unrolled(width, lambda v: put(total, finite_or_zero(get(total, v) / count), v), "v")
         )
-        block.tile.lanes[shift] = total
-        steps = [step("near", around), step("squares", Apply(tirx.Mul, (around, around)))]
-        sums = block.sums(steps, block.span(), stmts)
+        block.tile.lanes[around.shift] = total
+        sums = block.sums(around.sums, block.span(), stmts)
         assert stage.room is not None
         for number, buffer in enumerate([total, *sums.values()]):
             stmts.append(block.store(stage.room, number, buffer, self.columns))

@@ -33,6 +33,7 @@ static const struct {
     {"cuModuleGetFunction", &normgraph_cu.module_function},
     {"cuFuncSetAttribute", &normgraph_cu.function_attribute},
     {"cuLaunchKernel", &normgraph_cu.launch},
+    {"cuLaunchCooperativeKernel", &normgraph_cu.launch_together},
     {"cuGetErrorName", &normgraph_cu.error_name},
     {"cuGetErrorString", &normgraph_cu.error_string},
     {"cuThreadExchangeStreamCaptureMode", &normgraph_cu.exchange_capture_mode},

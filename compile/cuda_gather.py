@@ -10,11 +10,19 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.cuda_frame import CudaFrame, Room
-from normgraph.compile.cuda_kernel import cleared, get, grow, i32, registers
+from normgraph.compile.cuda_kernel import (
+    cleared,
+    finite_or_zero,
+    get,
+    grow,
+    i32,
+    put,
+    registers,
+)
 from normgraph.compile.cuda_settle import Settler
 from normgraph.compile.shifted_sums import Match
 from normgraph.compile.slice_plan import Pass, Step
-from normgraph.compile.tensor_program import Tensor
+from normgraph.compile.tensor_program import Apply, Load, Node, Operation, Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, seq, when
 
 
@@ -64,6 +72,38 @@ def stages(
     if not made or made[-1].sums:
         made.append(Stage())
     return first, made
+
+
+class Centring:
+    """The sums of a traversal that centres on a number near the mean.
+
+    sample: what is added up of a part of the elements, for `shift`. sums: sum(x - shift) and
+    sum((x - shift)^2).
+    """
+
+    def __init__(self, found: Match) -> None:
+        out, x = found.total.op.out, found.total.value
+        needs = found.total.needs | found.centred.needs | found.squares.needs
+
+        def step(name: str, value: Node) -> Step:
+            return Step(Operation(Tensor(name, out.dtype, out.dims), value), value, needs)
+
+        self.shift = Tensor("shift", out.dtype, out.dims)
+        around = Apply(tirx.Sub, (x, Load(self.shift)))
+        self.sample = step("sample", x)
+        self.sums = [step("near", around), step("squares", Apply(tirx.Mul, (around, around)))]
+        self.dtype = next(iter(loads(x))).dtype
+
+    def take(self, mean: Expr, settler: Settler, stmts: list[Stmt]) -> None:
+        """Centre on a mean of some elements, rounded to the data's own type.
+
+        So that x - shift is exact for half types: rounded in float32, all elements of a binade
+        would be off by the same, and the mean with them.
+        """
+        rounded = registers(1, self.dtype, "rounded_shift")
+        stmts.append(tirx.AllocBuffer(rounded))
+        stmts.append(put(rounded, tirx.Cast(self.dtype, finite_or_zero(mean))))
+        settler.take(self.shift, tirx.Cast(self.shift.dtype, get(rounded)), stmts)
 
 
 @dataclass

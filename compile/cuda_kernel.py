@@ -97,6 +97,11 @@ def shared(size: int, dtype: str, name: str) -> Any:
     return tirx.decl_buffer((size,), dtype, name, scope="shared", data_alignment=VECTOR_BYTES)
 
 
+def shared_of_launch(shape: tuple[Expr, ...], dtype: str, name: str) -> Any:
+    """A buffer of one block whose size the launch gives; a kernel has one allocation of these."""
+    return tirx.decl_buffer(shape, dtype, name, scope="shared.dyn", data_alignment=VECTOR_BYTES)
+
+
 def get(buffer: Any, at: Expr | int = 0) -> Expr:
     """An element of a buffer."""
     return tirx.BufferLoad(buffer, [i32(at) if isinstance(at, int) else at])
@@ -142,6 +147,23 @@ def butterfly(buffers: Sequence[Any], lanes: Expr | int = WARP) -> Stmt:
             steps += added
         offset //= 2
     return seq(steps)
+
+
+def over_block(buffers: Sequence[Any], thread: Expr, threads: int, stmts: list[Stmt]) -> None:
+    """Add each buffer's first element up over the block; each thread gets the same bits.
+
+    Another one of the block's barriers has to stand before the same statements are run again.
+    """
+    warps = threads // WARP
+    first = tirx.EQ(tirx.BitwiseAnd(thread, i32(WARP - 1)), i32(0))
+    into, back = [], []
+    stmts.append(butterfly(buffers))
+    for buffer in buffers:
+        scratch = shared(warps, str(buffer.dtype), "warp_sums")
+        stmts.append(tirx.AllocBuffer(scratch))
+        into.append(put(scratch, get(buffer), tirx.shift_right(thread, i32(5))))
+        back.append(put(buffer, get(scratch, tirx.BitwiseAnd(thread, i32(warps - 1)))))
+    stmts += [when(first, seq(into)), sync(), *back, butterfly(buffers, warps)]
 
 
 def _other(value: Expr, offset: int) -> Expr:

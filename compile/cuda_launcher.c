@@ -160,11 +160,17 @@ typedef union {
 
 enum { MOST_ARGUMENTS = 160, X = 0, BLOCK = 3, SHARED = 6, LAUNCH = 7 };
 
+enum { TOGETHER = 'c' };
+
 static const int64_t limits[LAUNCH] = {INT32_MAX, 65535, 65535, 1024, 1024, 64, INT32_MAX};
 
 static int place(char tag) {
   static const char tags[] = "xyzXYZm";
   return (int)(strchr(tags, tag) - tags);
+}
+
+static int is_together(int index) {
+  return strchr(normgraph_kernels[index].launch, TOGETHER) != NULL;
 }
 
 static int allow_shared(device* here, int index, int bytes) {
@@ -173,6 +179,10 @@ static int allow_shared(device* here, int index, int bytes) {
   pthread_mutex_lock(&normgraph_lock);
   if (bytes > here->dynamic_shared[index]) {
     code = normgraph_cu.function_attribute(here->functions[index], MAX_DYNAMIC_SHARED, bytes);
+    /* Its blocks have to be resident: all of a multiprocessor's memory is to be shared, none L1. */
+    if (!code && is_together(index)) {
+      code = normgraph_cu.function_attribute(here->functions[index], SHARED_CARVEOUT, 100);
+    }
     if (!code) __atomic_store_n(&here->dynamic_shared[index], bytes, __ATOMIC_RELAXED);
   }
   pthread_mutex_unlock(&normgraph_lock);
@@ -184,6 +194,7 @@ static int launch(int index, const TVMFFIAny* given) {
   argument values[MOST_ARGUMENTS];
   void* pointers[MOST_ARGUMENTS];
   int64_t sizes[LAUNCH] = {1, 1, 1, 1, 1, 1, 0};
+  unsigned asked[LAUNCH];
   int count = (int)strlen(kernel->params), pushed = 0;
   device* here = normgraph_loaded();
   char text[256];
@@ -201,7 +212,7 @@ static int launch(int index, const TVMFFIAny* given) {
       default: values[i].d = given[i].v_float64; break;
     }
   }
-  for (int i = 0; kernel->launch[i]; ++i) {
+  for (int i = 0; kernel->launch[i] && kernel->launch[i] != TOGETHER; ++i) {
     int at = place(kernel->launch[i]);
     int64_t size = given[count + i].v_int64;
     if (size < 0 || size > limits[at]) {
@@ -219,10 +230,16 @@ static int launch(int index, const TVMFFIAny* given) {
     normgraph_leave(pushed);
     return -1;
   }
-  code = normgraph_cu.launch(here->functions[index], (unsigned)sizes[X], (unsigned)sizes[X + 1],
-                   (unsigned)sizes[X + 2], (unsigned)sizes[BLOCK], (unsigned)sizes[BLOCK + 1],
-                   (unsigned)sizes[BLOCK + 2], (unsigned)sizes[SHARED], current_stream(), pointers,
-                   NULL);
+  for (int i = X; i < LAUNCH; ++i) asked[i] = (unsigned)sizes[i];
+  if (is_together(index)) {
+    code = normgraph_cu.launch_together(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
+                                        asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2],
+                                        asked[SHARED], current_stream(), pointers);
+  } else {
+    code = normgraph_cu.launch(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
+                               asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2], asked[SHARED],
+                               current_stream(), pointers, NULL);
+  }
   normgraph_leave(pushed);
   return code ? normgraph_failed(code, kernel->name) : 0;
 }

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 /* params: p pointer, l int64, i int32, b bool, f float, d double. launch: x y z the grid, X Y Z the
- * block, m bytes of dynamic shared memory. */
+ * block, m bytes of dynamic shared memory; c: its blocks wait for one another. */
 typedef struct {
   const char *name, *params, *launch;
 } normgraph_kernel;
@@ -24,7 +24,7 @@ typedef void *context, *module, *function, *stream, *pool;
 typedef uint64_t address;
 enum { NOT_INITIALIZED = 3, DEVICE_TYPE_CUDA = 2, CAPTURE_RELAXED = 2 };
 enum { ATTR_MAJOR = 75, ATTR_MINOR = 76, ATTR_POOLS = 115 };
-enum { MAX_DYNAMIC_SHARED = 8, POOL_KEEPS = 4, JIT_LOG = 5, JIT_LOG_BYTES = 6 };
+enum { MAX_DYNAMIC_SHARED = 8, SHARED_CARVEOUT = 9, POOL_KEEPS = 4, JIT_LOG = 5, JIT_LOG_BYTES = 6 };
 
 /* CUmemPoolProps */
 typedef struct {
@@ -48,6 +48,8 @@ typedef struct {
   status (*function_attribute)(function, int, int);
   status (*launch)(function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                    stream, void**, void**);
+  status (*launch_together)(function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                            unsigned, stream, void**);
   status (*error_name)(status, const char**);
   status (*error_string)(status, const char**);
   status (*exchange_capture_mode)(int*);

@@ -12,7 +12,7 @@ from normgraph.compile.link import Sources
 from normgraph.cuda import capability_of
 
 HERE = Path(__file__).parent
-LAUNCHER = (HERE / "cuda_launcher.c", HERE / "cuda_device.c")
+LAUNCHER = (HERE / "cuda_launcher.c", HERE / "cuda_device.c", HERE / "cuda_team.c")
 
 
 def write(folder: Path, kernels: Sequence[Kernel], images: Sequence[Image]) -> Sources:

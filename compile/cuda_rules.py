@@ -10,9 +10,11 @@ Strategy. The host part of the function looks at the sizes and takes the first k
  3. Slices up to 32 K elements (16 K with two inputs): a block a slice, 128 to 1024 threads with up
     to 8 vectors of each input a thread, all loaded before one is used (`cuda_held`). Everything
     is computed from the registers, the mean first and then what is centred on it.
- 4. Longer slices: several blocks a slice, a kernel a traversal (`cuda_split`). A mean and the sums
-    centred on it take one, by the formula of `shifted_sums`; the next goes backwards through what
-    L2 still holds.
+ 4. Longer slices of tensors that L2 does not hold: a team of blocks a slice, which stays on the
+    chip, in one launch (`cuda_team`). The host asks the device how many blocks it has room for.
+    Where L2 holds the tensors, or no team a slice, or the device launches no grid as a whole:
+    several blocks a slice, a kernel a traversal (`cuda_split`). A mean and the sums centred on it
+    take one, by the formula of `shifted_sums`; the next goes backwards through what L2 still holds.
  5. Sums across slices. Of whole-size values (gamma's and beta's gradients in layer norm): blocks go
     through many slices with the sums of their columns in registers and store one part each. Of
     per-slice values (instance and group norm): through the workspace. `cuda_finish` adds both up.
@@ -27,6 +29,7 @@ Roofline. A, the bytes of one array; B, the bandwidth of device memory; L, that 
 1 us on the device behind another kernel); everything is bound by bytes.
 
     held     forward   2 A / B             backward  3 A / B
+    team     forward   2 A / B + 2 L       backward  3 A / B + 2 L, and the ends (see `cuda_team`)
     split    forward   (3 - h) A / B + L   backward  (5 - 2 h) A / B + L
              h, the part of a traversal's arrays that the next finds in L2: near 1 below 40 MB
     columns  as split, and one small kernel more for the columns' values
@@ -39,9 +42,9 @@ while other blocks add up or store. Blocks of 1024 threads stand alone on a mult
 slices of two inputs: their phases do not overlap, and 60 to 75 % is what to expect there.
 
 Rejected. Schedule primitives (see `slice_rule`); stock GPU rules assert on these graphs. Holding
-slices in shared memory: every element once more through it, where registers do. Atomic sums: their
-order changes from run to run. E[x^2] - E[x]^2: wrong at large means. One kernel with a barrier
-across the grid: needs all blocks resident, which a library cannot promise its caller.
+slices that fit a block in shared memory: every element once more through it, where registers do.
+Atomic sums: their order changes from run to run. E[x^2] - E[x]^2: wrong at large means. Grid
+barriers: the blocks of a team tell each other their sums in one store and one load (`cuda_team`).
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ from normgraph.compile.cuda_held import HeldSlices
 from normgraph.compile.cuda_kernel import VECTOR_BYTES
 from normgraph.compile.cuda_settle import is_row_sum
 from normgraph.compile.cuda_split import SplitSlices
+from normgraph.compile.cuda_team import TeamSlices
 from normgraph.compile.kernel_frame import item_size
 from normgraph.compile.slice_plan import SlicePlan, plan
 from normgraph.compile.targets import Target
@@ -162,7 +166,7 @@ class _Emitter:
             widest, *_, single = [*self._widths(where.length), 1]
             for width in dict.fromkeys((widest, single)):
                 aligned = self._is_aligned(width, where.length)
-                choices.append((aligned, self._split(where, width)))
+                choices.append((aligned, self._long(where, width)))
         return seq([self._first_that_fits(choices), ends])
 
     def _stored(self) -> list[Tensor]:
@@ -256,6 +260,24 @@ class _Emitter:
         work = HeldSlices(self.frame, where, found, resident)
         launch = work.emit(host)
         return seq([*host, *self.frame.allocation(), launch, self._ends(work.partials)])
+
+    def _long(self, where: Geometry, width: int) -> Stmt:
+        """Kernels for slices that no block holds."""
+        split = self._split(where, width)
+        try:
+            work = TeamSlices(self.frame, where, width, self.found)
+        except NotCanonical:
+            return split
+        self.frame.start_workspace()
+        if self.plan.column_sums:
+            self.frame.keep_stored(self._stored())
+        asked: list[Stmt] = []
+        before: list[Stmt] = []
+        blocks = work.team(asked)
+        work.prepare(blocks, before)
+        launches = [work.emit(), self._ends(work.partials)]
+        team = seq([*before, *self.frame.allocation(), *launches])
+        return seq([*asked, tirx.IfThenElse(tirx.GT(blocks, i64(0)), team, split)])
 
     def _split(self, where: Geometry, width: int) -> Stmt:
         self.frame.start_workspace()

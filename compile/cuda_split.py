@@ -1,4 +1,4 @@
-"""Slices longer than a block holds: several blocks a slice, partial sums, a kernel a traversal.
+"""Slices that no team holds: several blocks a slice, partial sums, a kernel a traversal.
 
 1. A slice is cut into chunks, each a block's work; a tile of it at a time is held in registers.
 2. Each traversal of the plan is a kernel. What its sums give is stored chunk by chunk; the next
@@ -24,7 +24,7 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.cuda_frame import CudaFrame
-from normgraph.compile.cuda_gather import Parts, Stage, gather, stages
+from normgraph.compile.cuda_gather import Centring, Parts, Stage, gather, stages
 from normgraph.compile.cuda_geometry import Chunks, Geometry, Mapping, Span, shifted
 from normgraph.compile.cuda_kernel import (
     WARP,
@@ -34,19 +34,16 @@ from normgraph.compile.cuda_kernel import (
     ceildiv,
     cleared,
     counted,
-    finite_or_zero,
     get,
     grow,
     i32,
     kernel,
     log2_ceil,
     on_host,
+    over_block,
     power,
-    put,
     quotient,
     registers,
-    shared,
-    sync,
 )
 from normgraph.compile.cuda_kernel import (
     index as named_index,
@@ -55,7 +52,7 @@ from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.cuda_tile import Tile
 from normgraph.compile.shifted_sums import Match
 from normgraph.compile.slice_plan import Step
-from normgraph.compile.tensor_program import Apply, Load, Operation, Tensor
+from normgraph.compile.tensor_program import Tensor
 from normgraph.compile.tir import (
     Expr,
     Stmt,
@@ -67,7 +64,6 @@ from normgraph.compile.tir import (
 )
 
 THREADS = 256
-_WARPS = THREADS // WARP
 _RESIDENT = 3  # blocks of a multiprocessor: 80 registers a thread
 # Chunks there should be at least, a few for each of some hundred multiprocessors; what one holds
 # at least and at most, in tiles; and chunks of a slice at most, which every block adds up.
@@ -299,17 +295,8 @@ class _Chunk:
         self._store_parts([*totals.values()], 0, stmts)
 
     def _centred(self, found: Match, span: Span, stmts: list[Stmt]) -> None:
-        dtype, x = found.total.op.out.dtype, found.total.value
-        dims = found.total.op.out.dims
-        shift = Tensor("shift", dtype, dims)
-        around = Apply(tirx.Sub, (x, Load(shift)))
-        needs = found.total.needs | found.centred.needs | found.squares.needs
-
-        def step(name: str, value: Any) -> Step:
-            return Step(Operation(Tensor(name, dtype, dims), value), value, needs)
-
-        sample = step("sample", x)
-        sums = [step("near", around), step("squares", Apply(tirx.Mul, (around, around)))]
+        around = Centring(found)
+        sample, sums = around.sample, around.sums
         total = _totals([sample])
         bits = self._tile_size()
         tile = self._tile(span, i32(0), i32(0), bits)
@@ -317,11 +304,11 @@ class _Chunk:
         stmts.append(self.tile.load(tile, [sample]))
         stmts.append(self.tile.each(tile, partial(self.tile.add_up, [sample], total)))
         (buffer,) = total.values()
-        self._over_block([buffer], stmts)
+        over_block([buffer], self.thread, THREADS, stmts)
         columns = tirx.Min(bits[1], span.column_end - span.column)
         rows = tirx.Min(bits[0], self._count(span.row, span.row_end))
-        count = tirx.Cast(dtype, rows * columns * self.split.vector)
-        self.settler.take(shift, finite_or_zero(get(buffer) / count), stmts)
+        count = tirx.Cast(self.frame.dtype, rows * columns * self.split.vector)
+        around.take(get(buffer) / count, self.settler, stmts)
         totals = _totals(sums)
         stmts += [cleared(each) for each in totals.values()]
 
@@ -330,7 +317,7 @@ class _Chunk:
             return seq([again, self.tile.each(tile, partial(self.tile.add_up, sums, totals))])
 
         stmts.append(self._tiles(span, one))
-        stmts.append(self._store(0, self.tile.values[shift]))
+        stmts.append(self._store(0, self.tile.values[around.shift]))
         self._store_parts([*totals.values()], 1, stmts)
 
     def _tile_size(self) -> tuple[Expr, Expr]:
@@ -370,21 +357,10 @@ class _Chunk:
 
     # What the block adds.
 
-    def _over_block(self, buffers: list[Any], stmts: list[Stmt]) -> None:
-        first = tirx.EQ(self.lane, i32(0))
-        into, back = [], []
-        stmts.append(butterfly(buffers))
-        for buffer in buffers:
-            scratch = shared(_WARPS, str(buffer.dtype), "warp_sums")
-            stmts.append(tirx.AllocBuffer(scratch))
-            into.append(put(scratch, get(buffer), tirx.shift_right(self.thread, i32(5))))
-            back.append(put(buffer, get(scratch, tirx.BitwiseAnd(self.thread, i32(_WARPS - 1)))))
-        stmts += [when(first, seq(into)), sync(), *back, butterfly(buffers, _WARPS)]
-
     def _store_parts(self, buffers: list[Any], start: int, stmts: list[Stmt]) -> None:
         if not buffers:
             return
-        self._over_block(buffers, stmts)
+        over_block(buffers, self.thread, THREADS, stmts)
         stmts += [self._store(start + k, get(buffer)) for k, buffer in enumerate(buffers)]
 
     def _store(self, number: int, value: Expr) -> Stmt:

@@ -62,6 +62,10 @@ class Driver:
         for device, capability in enumerate(capabilities):
             self._library.fake_capability(device, capability)
 
+    def attribute(self, number: int, value: int) -> None:
+        """What every device answers for an attribute; 1 by default."""
+        self._library.fake_attribute(number, value)
+
     def fail(self, name: str, status: int) -> None:
         self._library.fake_fail(name.encode(), status)
 

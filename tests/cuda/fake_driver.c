@@ -15,12 +15,13 @@ enum { MOST_DEVICES = 8, LOG_BYTES = 1 << 20, OK = 0, INVALID = 1, NO_DEVICE = 1
 
 static struct {
   int version, devices, capability[MOST_DEVICES], failure;
+  int attributes[128];
   char failing[64];
   char log[LOG_BYTES];
   size_t used;
   void* kernels;
   int live;
-} fake = {13000, 1, {90, 90, 90, 90, 90, 90, 90, 90}, 0, "", "", 0, NULL, 0};
+} fake = {13000, 1, {90, 90, 90, 90, 90, 90, 90, 90}, 0, {0}, "", "", 0, NULL, 0};
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread void* stack[16];
 static __thread int depth = 0;
@@ -50,6 +51,7 @@ void fake_reset(void) {
   fake.version = 13000;
   fake.devices = 1;
   for (int i = 0; i < MOST_DEVICES; ++i) fake.capability[i] = 90;
+  for (int i = 0; i < 128; ++i) fake.attributes[i] = 1;
   fake.failing[0] = 0;
   fake.used = 0;
   fake.log[0] = 0;
@@ -58,6 +60,7 @@ void fake_reset(void) {
 void fake_version(int version) { fake.version = version; }
 void fake_devices(int count) { fake.devices = count; }
 void fake_capability(int device, int capability) { fake.capability[device] = capability; }
+void fake_attribute(int attribute, int value) { fake.attributes[attribute] = value; }
 void fake_fail(const char* name, int status) {
   snprintf(fake.failing, sizeof fake.failing, "%s", name);
   fake.failure = status;
@@ -97,7 +100,10 @@ int cuDeviceGetName(char* name, int size, int device) {
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   int capability = fake.capability[device];
-  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 1;
+  *value = attribute == 75   ? capability / 10
+           : attribute == 76 ? capability % 10
+           : attribute < 128 ? fake.attributes[attribute]
+                             : 1;
   return OK;
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
@@ -150,14 +156,11 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   note("attribute %s %d=%d", (char*)function, attribute, value);
   return OK;
 }
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                   unsigned bz, unsigned shared, void* stream, void** args, void** extra) {
+static int launched(const char* how, void* function, const unsigned* sizes, unsigned shared,
+                    void* stream, void** args) {
   typedef void kernel(void**, const unsigned*, unsigned);
-  const unsigned sizes[6] = {gx, gy, gz, bx, by, bz};
-  (void)extra;
-  CHECK("cuLaunchKernel");
-  note("launch %d %s grid %u %u %u block %u %u %u shared %u stream %p", device_of(here()),
-       (char*)function, gx, gy, gz, bx, by, bz, shared, stream);
+  note("%s %d %s grid %u %u %u block %u %u %u shared %u stream %p", how, device_of(here()),
+       (char*)function, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], shared, stream);
   if (!here()) return 201;
   if (fake.kernels) {
     char name[256];
@@ -168,6 +171,19 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     run(args, sizes, shared);
   }
   return OK;
+}
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void* stream, void** args, void** extra) {
+  const unsigned sizes[6] = {gx, gy, gz, bx, by, bz};
+  (void)extra;
+  CHECK("cuLaunchKernel");
+  return launched("launch", function, sizes, shared, stream, args);
+}
+int cuLaunchCooperativeKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                              unsigned by, unsigned bz, unsigned shared, void* stream, void** args) {
+  const unsigned sizes[6] = {gx, gy, gz, bx, by, bz};
+  CHECK("cuLaunchCooperativeKernel");
+  return launched("together", function, sizes, shared, stream, args);
 }
 
 /* Memory. */

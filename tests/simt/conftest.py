@@ -51,6 +51,11 @@ _CHECKED = (
     "-ffp-contract=off",
     "-fno-exceptions",
 )
+# Volatile accesses are told apart: words that blocks tell one another values by.
+_VOLATILE = {
+    "g++": ("--param=tsan-distinguish-volatile=1",),
+    "clang++": ("-mllvm", "-tsan-distinguish-volatile=1"),
+}
 # Without the sanitizers' own libraries: the emulator has the functions that they would give.
 _LINKED = ("-shared", "-nodefaultlibs", "-lm", "-lc")
 _SHARED = re.compile(
@@ -282,6 +287,7 @@ class Emulator:
         compiler = shutil.which("g++") or shutil.which("clang++")
         assert compiler, "a C++ compiler is needed: install g++ or clang++"
         self.compiler = compiler
+        self._volatile = _VOLATILE[Path(compiler).name]
         self._programs: dict[str, Program] = {}
         self.library = folder / "libsimt.so"
         self.runner = folder / "runner"
@@ -308,7 +314,7 @@ class Emulator:
             file = path.with_suffix(".cpp")
             file.write_text(translate(source), encoding="utf-8")
             words = (f"-I{self.code}", str(file), str(self.library), "-o", str(path))
-            commands.append((*_CHECKED, *_LINKED, *words))
+            commands.append((*_CHECKED, *self._volatile, *_LINKED, *words))
             self._programs[source] = Program(source, path, self.runner)
         self._together(commands)
         return [self._programs[source] for source in sources]

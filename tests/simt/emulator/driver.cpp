@@ -9,13 +9,16 @@
 namespace {
 
 enum { SUCCESS, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
-enum { MAJOR = 75, MINOR = 76, POOLS = 115, MAX_DYNAMIC_SHARED = 8 };
-constexpr int USUAL_SHARED = 48 * 1024;
+enum { MAJOR = 75, MINOR = 76, POOLS = 115, MAX_DYNAMIC_SHARED = 8, SHARED_CARVEOUT = 9 };
+enum { MULTIPROCESSORS = 16, THREADS_HERE = 39, SHARED_HERE = 81, COOPERATIVE = 95 };
+enum { SHARED_OF_A_BLOCK = 97, SHARED_RESERVED = 111, TOO_LARGE = 720 };
+constexpr int USUAL_SHARED = 48 * 1024, KILO = 1024;
 
 std::map<const simt::Kernel*, int> allowed_shared;
 std::vector<void*> contexts;
 int one_context, one_pool;
-unsigned allocations = 0;
+unsigned allocations = 0, multiprocessors = 0;
+int shared_here = 0;
 std::string launched, allocated;  // what a request to run the same again would say
 
 template <class T>
@@ -54,6 +57,7 @@ void note(const simt::Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
   launched += simt::format("%s %u %u %u %u %u %u %zu", launch.kernel->name, grid.x, grid.y, grid.z,
                            block.x, block.y, block.z, launch.dynamic_shared);
+  if (launch.cooperative) launched += " together:";
   for (const simt::Value& arg : launch.args) {
     auto address = reinterpret_cast<uintptr_t>(arg.address);
     const simt::Region* array = simt::region_at(address);
@@ -67,6 +71,24 @@ void note(const simt::Launch& launch) {
       launched += simt::format(" f:%a", arg.fraction);
   }
   launched += "\n";
+}
+
+int launch_it(void* function, dim3 grid, dim3 block, unsigned shared, bool together,
+              void** params) {
+  simt::Launch launch;
+  launch.kernel = static_cast<const simt::Kernel*>(function);
+  launch.grid = grid;
+  launch.block = block;
+  launch.dynamic_shared = shared;
+  launch.cooperative = together;
+  auto allowed = allowed_shared.find(launch.kernel);
+  if (shared > USUAL_SHARED &&
+      (allowed == allowed_shared.end() || static_cast<int>(shared) > allowed->second))
+    return INVALID_VALUE;
+  for (unsigned i = 0; i < launch.kernel->parameters; ++i)
+    launch.args.push_back(value_of(launch.kernel->kinds[i], params[i]));
+  note(launch);
+  return simt::run(launch) ? SUCCESS : LAUNCH_FAILED;
 }
 
 int give_back(uint64_t address) {
@@ -89,7 +111,16 @@ int cuDeviceGetName(char* name, int size, int) {
   return SUCCESS;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == MAJOR ? 9 : attribute == POOLS;
+  switch (attribute) {
+    case MAJOR: *value = 9; break;
+    case MULTIPROCESSORS: *value = static_cast<int>(multiprocessors); break;
+    case THREADS_HERE: *value = 2048; break;
+    case SHARED_HERE: *value = shared_here; break;
+    case SHARED_OF_A_BLOCK: *value = 227 * KILO; break;
+    case SHARED_RESERVED: *value = KILO; break;
+    case COOPERATIVE: *value = multiprocessors > 0; break;
+    default: *value = attribute == POOLS;
+  }
   return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &one_context, SUCCESS; }
@@ -127,6 +158,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   return found ? SUCCESS : NOT_FOUND;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute == SHARED_CARVEOUT) return SUCCESS;
   if (attribute != MAX_DYNAMIC_SHARED) return INVALID_VALUE;
   allowed_shared[static_cast<const simt::Kernel*>(function)] = value;
   return SUCCESS;
@@ -134,19 +166,15 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned shared, void*, void** params, void**) {
-  simt::Launch launch;
-  launch.kernel = static_cast<const simt::Kernel*>(function);
-  launch.grid = {gx, gy, gz};
-  launch.block = {bx, by, bz};
-  launch.dynamic_shared = shared;
-  auto allowed = allowed_shared.find(launch.kernel);
-  if (shared > USUAL_SHARED &&
-      (allowed == allowed_shared.end() || static_cast<int>(shared) > allowed->second))
-    return INVALID_VALUE;
-  for (unsigned i = 0; i < launch.kernel->parameters; ++i)
-    launch.args.push_back(value_of(launch.kernel->kinds[i], params[i]));
-  note(launch);
-  return simt::run(launch) ? SUCCESS : LAUNCH_FAILED;
+  return launch_it(function, {gx, gy, gz}, {bx, by, bz}, shared, false, params);
+}
+
+int cuLaunchCooperativeKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                              unsigned by, unsigned bz, unsigned shared, void*, void** params) {
+  unsigned threads = bx * by * bz, here = static_cast<unsigned>(shared_here) / (shared + KILO);
+  if (2048 / threads < here) here = 2048 / threads;
+  if (gx * gy * gz > multiprocessors * here) return TOO_LARGE;
+  return launch_it(function, {gx, gy, gz}, {bx, by, bz}, shared, true, params);
 }
 
 int cuMemAlloc_v2(uint64_t* address, size_t size) { return allocate(address, size); }
@@ -180,6 +208,13 @@ void simt_begin(unsigned seed) {
   simt::randomness.seed(seed);
   allocations = 0;
   launched = allocated = "";
+}
+
+// Multiprocessors from now on, and the shared memory of each. None, as at first: no grid is launched
+// together.
+void simt_device(unsigned count, int bytes) {
+  multiprocessors = count;
+  shared_here = bytes;
 }
 
 // role: 0 input, 1 output, 2 update, 3 scratch; data: NULL leaves the array unwritten.

@@ -21,6 +21,7 @@ struct Access {
   uint32_t warp_clock = 0;
   uint16_t cluster_epoch = 0;
   uint32_t grid_epoch = 0;
+  bool shared_word = false;  // volatile: at any time, against others of its kind
 };
 
 // The last write and two of the reads since, for one element.
@@ -45,7 +46,7 @@ struct Region {
   bool gone = false;  // given back
 };
 
-enum class Wait { none, exited, block, cluster, grid, warp, active_mask };
+enum class Wait { none, exited, block, cluster, grid, warp, active_mask, word };
 
 struct Warp;
 
@@ -62,6 +63,8 @@ struct Thread {
   uint16_t cluster_arrived = 0, cluster_passed = 0;
   Wait wait = Wait::none;
   int line = 0;
+  uintptr_t polled = 0;        // the last volatile read, and how many volatile writes there had been
+  uint64_t polled_at = 0;
   WarpCall call;               // while it waits at a warp-wide call
 };
 
@@ -129,6 +132,7 @@ void give_back(Region& region);
 Region* region_at(uintptr_t address);
 void fill(Region& region, const void* data);
 void access(uintptr_t address, size_t size, bool write, const void* pc);
+void volatile_access(uintptr_t address, size_t size, bool write, const void* pc);
 bool ordered(const Access& before, const Thread& now);
 void check_outputs();
 constexpr size_t STACK = 256 * 1024;
@@ -148,6 +152,8 @@ bool run(Launch& launch);  // false: it was abandoned
 void abandon();            // ends the run; the calling thread of a kernel does not come back
 void make_ready(Thread& thread);
 void block_on(Wait wait, int line);
+void poll(uintptr_t address);  // before a volatile read
+void word_written();           // after a volatile write
 unsigned threads_per_block();
 
 // warps.cpp

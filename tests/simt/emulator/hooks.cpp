@@ -15,13 +15,19 @@ extern "C" {
     simt::access(reinterpret_cast<uintptr_t>(address), size, write,                     \
                  __builtin_return_address(0));                                          \
   }
+// Volatile accesses go from block to block without a barrier: see `volatile_access`.
+#define SIMT_VOLATILE(name, size, write)                                                \
+  void name(void* address) {                                                            \
+    simt::volatile_access(reinterpret_cast<uintptr_t>(address), size, write,            \
+                          __builtin_return_address(0));                                 \
+  }
 #define SIMT_HOOKS(size)                              \
   SIMT_HOOK(__tsan_read##size, size, false)           \
   SIMT_HOOK(__tsan_write##size, size, true)           \
   SIMT_HOOK(__tsan_unaligned_read##size, size, false) \
   SIMT_HOOK(__tsan_unaligned_write##size, size, true) \
-  SIMT_HOOK(__tsan_volatile_read##size, size, false)  \
-  SIMT_HOOK(__tsan_volatile_write##size, size, true)
+  SIMT_VOLATILE(__tsan_volatile_read##size, size, false)  \
+  SIMT_VOLATILE(__tsan_volatile_write##size, size, true)
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)
 SIMT_HOOKS(4)

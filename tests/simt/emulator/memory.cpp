@@ -53,8 +53,10 @@ void race(const Region& region, size_t offset, const Access& before, const char*
          0, pc);
 }
 
+bool at_volatile = false;  // the access at hand is
+
 bool conflicts(const Access& before, const Thread& now) {
-  return before.thread && !ordered(before, now);
+  return before.thread && !(at_volatile && before.shared_word) && !ordered(before, now);
 }
 
 void track(Region& region, size_t offset, bool write, const void* pc) {
@@ -63,6 +65,7 @@ void track(Region& region, size_t offset, bool write, const void* pc) {
   if (conflicts(cell.write, now)) race(region, offset, cell.write, "written", write, pc);
   Access here;
   here.thread = now.block->index * threads_per_block() + now.index + 1;
+  here.shared_word = at_volatile;
   here.block_epoch = now.block->barrier.epoch;
   here.warp_clock = now.known[now.lane];
   here.cluster_epoch = launch->cooperative ? 0 : now.cluster_arrived;
@@ -194,6 +197,15 @@ void access(uintptr_t address, size_t size, bool write, const void* pc) {
     if (write) written = 1;
     track(region, at, write, pc);
   }
+}
+
+// Such a value is seen by a thread that reads it again and again until it is there.
+void volatile_access(uintptr_t address, size_t size, bool write, const void* pc) {
+  if (current && !write) poll(address);
+  at_volatile = true;
+  access(address, size, write, pc);
+  at_volatile = false;
+  if (current && write) word_written();
 }
 
 void check_outputs() {

@@ -15,6 +15,9 @@ std::mt19937 randomness;
 namespace {
 
 std::vector<Thread*> ready;
+std::vector<Thread*> polling;  // until some word is written
+std::vector<Thread*> delayed;  // until no other thread can go on
+uint64_t words_written = 0;
 bool abandoned = false;
 uint32_t epoch = 0;  // of the grid, over all launches
 std::vector<std::unique_ptr<Thread>> pool;
@@ -89,6 +92,7 @@ const char* place(Wait wait) {
     case Wait::grid: return "a grid barrier";
     case Wait::warp: return "a warp-wide call";
     case Wait::active_mask: return "__activemask";
+    case Wait::word: return "a word that no resident thread will write";
     default: return "nothing";
   }
 }
@@ -138,6 +142,7 @@ void set_up(Group& group, const std::vector<unsigned>& indices) {
       std::fill(std::begin(thread.known), std::end(thread.known), 0);
       thread.known[thread.lane] = 1;
       thread.cluster_arrived = thread.cluster_passed = 0;
+      thread.polled = 0;
       thread.wait = Wait::none;
       thread.warp->block = &block;
       thread.warp->lanes[thread.lane] = &thread;
@@ -152,7 +157,8 @@ void run_group(const std::vector<unsigned>& indices) {
   Group group;
   size_t mark = arena_mark();
   set_up(group, indices);
-  while (!ready.empty() && !abandoned) {
+  while (!(ready.empty() && delayed.empty()) && !abandoned) {
+    if (ready.empty()) ready.swap(delayed);
     unsigned at = pick(static_cast<unsigned>(ready.size()));
     Thread* thread = ready[at];
     ready[at] = ready.back();
@@ -163,6 +169,8 @@ void run_group(const std::vector<unsigned>& indices) {
     if (!abandoned) report_deadlock(group);
     abandoned = true;
     ready.clear();
+    polling.clear();
+    delayed.clear();
     for (auto& thread : pool) reset(*thread);
     arena_release(mark);
     return;
@@ -219,6 +227,28 @@ void block_on(Wait wait, int line) {
   current->line = line;
   --current->warp->running;
   warp_settle(*current->warp, *current);
+}
+
+// A thread that reads a word again goes on when one has been written since. At other times it may be
+// that all others go on before it, as far as they come.
+void poll(uintptr_t address) {
+  bool again = current->polled == address && current->polled_at == words_written;
+  current->polled = address;
+  if (again) {
+    block_on(Wait::word, 0);
+    polling.push_back(current);
+    suspend();
+  } else if (pick(2)) {
+    delayed.push_back(current);
+    suspend();
+  }
+  current->polled_at = words_written;
+}
+
+void word_written() {
+  ++words_written;
+  for (Thread* thread : polling) make_ready(*thread);
+  polling.clear();
 }
 
 void abandon() {

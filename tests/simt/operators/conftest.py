@@ -104,9 +104,12 @@ class Device:
             "i": int,
             "f": float.fromhex,
         }
-        args = [read[kind](value) for kind, _, value in (word.partition(":") for word in words[8:])]
+        together = "together:" in words
+        given = [word.partition(":") for word in words[8 + together :]]
+        args = [read[kind](value) for kind, _, value in given]
         sizes = list(map(int, words[1:8]))
-        return self.launch(words[0], tuple(sizes[:3]), tuple(sizes[3:6]), args, sizes[6])
+        grid, block = tuple(sizes[:3]), tuple(sizes[3:6])
+        return self.launch(words[0], grid, block, args, sizes[6], cooperative=together)
 
 
 def _words(size: int) -> tuple[tuple[int, ...], str]:
