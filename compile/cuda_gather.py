@@ -15,7 +15,6 @@ from normgraph.compile.cuda_kernel import (
     finite_or_zero,
     get,
     grow,
-    i32,
     put,
     registers,
 )
@@ -148,16 +147,14 @@ def _gather_centred(
     dtype = found.total.op.out.dtype
     divisor = found.mean.value.args[1]  # type: ignore[union-attr]
     count = settler.tile.value(divisor, lambda t: settler.tile.values[t])
-    first = tirx.Var("first_shift", dtype)
-    stmts.append(tirx.Bind(first, parts.part(stage, 0, i32(0))))
-    total = registers(1, dtype, "distance")
+    total = registers(1, dtype, "total")
 
-    def to_mean(p: Expr) -> Stmt:
-        away = parts.part(stage, 0, p) - first
-        return grow(total, parts.elements(p) * away + parts.part(stage, 1, p))
+    def of_chunk(p: Expr) -> Stmt:
+        return grow(total, parts.elements(p) * parts.part(stage, 0, p) + parts.part(stage, 1, p))
 
-    stmts += [cleared(total), parts.each(to_mean), parts.combine([total])]
-    settler.take(found.mean.op.out, first + get(total) / count, stmts)
+    # Not as a distance from one of the shifts: far from a mean near 0, it would cost its digits.
+    stmts += [cleared(total), parts.each(of_chunk), parts.combine([total])]
+    settler.take(found.mean.op.out, get(total) / count, stmts)
     mean = settler.tile.values[found.mean.op.out]
     near, square = registers(1, dtype, "near"), registers(1, dtype, "square")
 

@@ -140,7 +140,11 @@ class HeldSlices:
             size = self.mapping.threads * self.mapping.registers * self.mapping.vector
             self.scratch = shared(size, self.frame.dtype, "team_columns")
             stmts.append(tirx.AllocBuffer(self.scratch))
-        return seq([*stmts, *(self._put_columns(t, block) for t in self.partials)])
+        for number, tensor in enumerate(self.partials):
+            if number and self.mapping.warps:
+                stmts.append(sync())  # the next tensor takes the same scratch
+            stmts.append(self._put_columns(tensor, block))
+        return seq(stmts)
 
     def _slices(self, number: Expr) -> Stmt:
         """The slices that the block's teams do side by side; `number` counts such groups."""
@@ -324,11 +328,4 @@ class HeldSlices:
             return seq([cleared(total), add, stored])
 
         count = quotient(length - self.thread + (m.threads - 1), m.threads)
-        return seq(
-            [
-                self.tile.each(self.span, one),
-                sync(),
-                counted(count, column, "share"),
-                sync(),
-            ]
-        )
+        return seq([self.tile.each(self.span, one), sync(), counted(count, column, "share")])

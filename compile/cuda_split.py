@@ -6,7 +6,7 @@
 3. A mean and the sums centred on it take one traversal: each chunk centres on the mean s of its
    first tile. With n elements, A = sum(x - s), Q = sum((x - s)^2) and d = mean - s,
 
-       mean = s_0 + sum(n (s - s_0) + A) / m
+       mean = sum(n s + A) / m
        sum(x - mean)     = sum(A - n d)
        sum((x - mean)^2) = sum(Q - d (2 A - n d))
 

@@ -73,6 +73,15 @@ class Driver:
         """Kernels compiled for the host, which launches run from now on."""
         assert self._library.fake_kernels(str(path).encode())
 
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """A graph is captured: what may wait for the device is refused and noted."""
+        self._library.fake_capture(1)
+        try:
+            yield
+        finally:
+            self._library.fake_capture(0)
+
     def take(self, *words: str) -> list[str]:
         """The lines of the log that begin with one of these words, all by default; then clear it.
 

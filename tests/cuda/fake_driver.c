@@ -12,6 +12,7 @@
 #include <string.h>
 
 enum { MOST_DEVICES = 8, LOG_BYTES = 1 << 20, OK = 0, INVALID = 1, NO_DEVICE = 100, NO_IMAGE = 209 };
+enum { RELAXED = 2, CAPTURE_UNSUPPORTED = 900 };
 
 static struct {
   int version, devices, capability[MOST_DEVICES], failure;
@@ -20,8 +21,8 @@ static struct {
   char log[LOG_BYTES];
   size_t used;
   void* kernels;
-  int live;
-} fake = {13000, 1, {90, 90, 90, 90, 90, 90, 90, 90}, 0, {0}, "", "", 0, NULL, 0};
+  int live, capturing;
+} fake = {13000, 1, {90, 90, 90, 90, 90, 90, 90, 90}, 0, {0}, "", "", 0, NULL, 0, 0};
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread void* stack[16];
 static __thread int depth = 0;
@@ -45,6 +46,15 @@ static void note(const char* format, ...) {
     if (strcmp(fake.failing, name) == 0) return fake.failure;    \
   } while (0)
 
+/* What waits for the device or may, while a thread that allows no such call captures a graph. */
+#define NOT_CAPTURED(name)                         \
+  do {                                             \
+    if (fake.capturing && capture_mode != RELAXED) { \
+      note("forbidden %s", name);                  \
+      return CAPTURE_UNSUPPORTED;                  \
+    }                                              \
+  } while (0)
+
 /* For the tests. */
 
 void fake_reset(void) {
@@ -56,6 +66,7 @@ void fake_reset(void) {
   fake.used = 0;
   fake.log[0] = 0;
   fake.kernels = NULL;
+  fake.capturing = 0;
 }
 void fake_version(int version) { fake.version = version; }
 void fake_devices(int count) { fake.devices = count; }
@@ -69,6 +80,7 @@ int fake_kernels(const char* path) {
   fake.kernels = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   return fake.kernels != NULL;
 }
+void fake_capture(int capturing) { fake.capturing = capturing; }
 const char* fake_log(void) { return fake.log; }
 void fake_clear_log(void) { fake.used = 0, fake.log[0] = 0; }
 int fake_live(void) { return fake.live; }
@@ -136,6 +148,7 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
 int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options,
                        void** values) {
   (void)count, (void)options;
+  NOT_CAPTURED("cuModuleLoadDataEx");
   if (strcmp(fake.failing, "cuModuleLoadDataEx") == 0) {
     snprintf((char*)values[0], (size_t)(uintptr_t)values[1], "ptxas fatal: fake");
     return fake.failure;
@@ -191,6 +204,7 @@ int cuLaunchCooperativeKernel(void* function, unsigned gx, unsigned gy, unsigned
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   void* made;
   CHECK("cuMemAlloc_v2");
+  NOT_CAPTURED("cuMemAlloc_v2");
   if (!bytes || !here() || posix_memalign(&made, 256, bytes)) return INVALID;
   memset(made, 0xff, bytes); /* NaN in every type */
   __atomic_add_fetch(&fake.live, 1, __ATOMIC_RELAXED);
@@ -199,22 +213,26 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   return OK;
 }
 int cuMemFree_v2(uint64_t address) {
+  NOT_CAPTURED("cuMemFree_v2");
   note("free %d", device_of(here()));
   __atomic_sub_fetch(&fake.live, 1, __ATOMIC_RELAXED);
   free((void*)(uintptr_t)address);
   return here() ? OK : 201;
 }
 int cuMemcpyHtoD_v2(uint64_t target, const void* source, size_t bytes) {
+  NOT_CAPTURED("cuMemcpyHtoD_v2");
   memcpy((void*)(uintptr_t)target, source, bytes);
   return here() ? OK : 201;
 }
 int cuMemcpyDtoH_v2(void* target, uint64_t source, size_t bytes) {
+  NOT_CAPTURED("cuMemcpyDtoH_v2");
   memcpy(target, (void*)(uintptr_t)source, bytes);
   return here() ? OK : 201;
 }
 int cuMemPoolCreate(void** pool, const void* properties) {
   const int* words = properties;
   CHECK("cuMemPoolCreate");
+  NOT_CAPTURED("cuMemPoolCreate");
   note("pool type %d location %d %d mode %d", words[0], words[2], words[3], capture_mode);
   *pool = (void*)(uintptr_t)(0x2000 + words[3]);
   return OK;

@@ -15,13 +15,15 @@ Images = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def images() -> Images:
-    """images(spec, shape, dtype): what NVRTC makes of a forward and a backward; made once."""
+    """images(spec, shape, dtype, target="cuda"): a forward and a backward by NVRTC; made once."""
     made: dict[object, dict[str, Any]] = {}
 
-    def make(spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str) -> dict[str, Any]:
-        key = (spec, shape, dtype)
+    def make(
+        spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str, name: str = "cuda"
+    ) -> dict[str, Any]:
+        key = (spec, shape, dtype, name)
         if key not in made:
-            target, dump = resolve("cuda"), pipeline.Dump(None)
+            target, dump = resolve(name), pipeline.Dump(None)
             functions = {}
             for kind in ("forward", "backward"):
                 model = ng.graphs.build(spec, kind, shape=shape, dtype=dtype)
@@ -69,3 +71,13 @@ def test_whole_arrays_are_accessed_by_16_bytes(
         kernels = [each for name, each in found.items() if name.startswith(f"{kind}_kernel")]
         assert max(each.wide_loads for each in kernels) > 0, kind
         assert max(each.wide_stores for each in kernels) > 0, kind
+
+
+def test_the_next_architecture_assembles_too(images: Images) -> None:
+    made = images(ng.NormSpec("layer_norm"), ("N", 768), "bfloat16", "sm_100")
+    assert set(made) == {"sm_100", "compute_100"}
+    assert made["sm_100"].content.startswith(b"\x7fELF")
+    found = cuda_report.usage(made["sm_100"].log)
+    assert {name.split("_kernel")[0] for name in found} == {"forward", "backward"}
+    assert all(used.spill_stores == used.spill_loads == 0 for used in found.values())
+    assert b".target sm_100" in made["compute_100"].content

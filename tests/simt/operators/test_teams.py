@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,18 +74,6 @@ def built(build_emulated: Any) -> Callable[..., Any]:
         return build_emulated(spec, sizes[dtype][0], dtype, kinds)
 
     return build
-
-
-@pytest.fixture
-def device(emulator: Any) -> Iterator[Device]:
-    """device(multiprocessors, shared): what the emulator is from now on, until the test ends."""
-    library = ctypes.CDLL(str(emulator.library))
-
-    def become(multiprocessors: int, shared: int = 228 * KILO) -> None:
-        library.simt_device(multiprocessors, shared)
-
-    yield become
-    library.simt_device(0, 0)
 
 
 def teams_of(run: Any) -> list[Any]:
