@@ -57,7 +57,7 @@ def check_all(
 
     misaligned: those of the sizes, by number, at which all arrays are at odd addresses as well.
     """
-    launched = set()
+    launched: set[str] = set()
 
     def run(number: int) -> None:
         mean = 100.0 * (number % 2)
