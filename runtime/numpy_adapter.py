@@ -26,7 +26,9 @@ OWNS = 0x4
 
 def native_dtypes(names: Sequence[str], seen: Sequence[Any] = ()) -> tuple[Any, ...]:
     """bfloat16 is that of an array, or None: there is more than one dtype object of that name."""
-    bfloat16 = next((array.dtype for array in seen if _name(array.dtype) == "bfloat16"), None)
+    # Among arrays may be a plain number, for momentum.
+    dtypes = [array.dtype for array in seen if isinstance(array, ndarray)]
+    bfloat16 = next((dtype for dtype in dtypes if _name(dtype) == "bfloat16"), None)
     return tuple(bfloat16 if name == "bfloat16" else np.dtype(name) for name in names)
 
 

@@ -86,8 +86,8 @@ class Lease:
     __slots__ = ("__array_interface__", "_block", "_pool")
 
     def __init__(self, pool: OutputPool, block: _Block, shape: tuple[int, ...], kind: str) -> None:
-        self._pool = pool
         self._block = block
+        self._pool = pool
         self.__array_interface__ = {
             "version": 3,
             "data": (block.address, False),
@@ -96,7 +96,9 @@ class Lease:
         }
 
     def __del__(self) -> None:
-        self._pool.give(self._block)
+        # A signal's handler may have raised before there was one.
+        if hasattr(self, "_pool"):
+            self._pool.give(self._block)
 
     def __reduce__(self) -> Any:
         """Refused: a copy would give the block back a second time."""

@@ -44,9 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stress-seconds",
         type=float,
-        default=3.0,
+        default=60.0,
         metavar="S",
-        help="how long eight threads use one operator (3; 60 before a release)",
+        help="how long eight threads use one operator (60)",
     )
 
 

@@ -370,8 +370,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory, prebuilt: Path | None) -> Toy:
 
 @pytest.fixture
 def op(toy: Toy) -> Operator:
-    """The float32 operator."""
-    return toy.operator("float32")
+    """The float32 operator, which no test has called before."""
+    return load(toy.artifact("float32"))
 
 
 @pytest.fixture

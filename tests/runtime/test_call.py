@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from normgraph.errors import ArgumentError, ArgumentTypeError, SpecError
+from normgraph.runtime import load
 
 KINDS = ["forward", "inference", "backward", "backward_from_output"]
 
@@ -186,6 +187,23 @@ def test_running_statistics_in_place_through_another_view(op: Any, toy: Any) -> 
     result = op.forward(*inputs, out={"new_running_mean": inputs[3][:]})
     np.testing.assert_array_equal(inputs[3], answers["new_running_mean"])
     np.testing.assert_array_equal(result.y, answers["y"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+def test_momentum_is_a_number_from_the_first_call_on(toy: Any, dtype: str) -> None:
+    kind: Any = dtype
+    if dtype == "bfloat16":
+        kind = pytest.importorskip("ml_dtypes").bfloat16
+    op = load(toy.artifact(dtype))
+    inputs = toy.inputs("forward", dtype=kind)
+    for place, spec in enumerate(op.signature("forward").inputs):
+        inputs[place] = inputs[place].astype(kind if spec.dtype == dtype else spec.dtype)
+    inputs[5] = np.asarray(0.25, inputs[5].dtype)
+    answers = toy.outputs("forward", inputs)
+    for _ in range(3):
+        result = op.forward(*inputs[:5], 0.25)
+        for name, answer in answers.items():
+            np.testing.assert_array_equal(getattr(result, name).astype(np.float64), answer)
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.float64(2), np.array(2, np.float32)])

@@ -124,11 +124,19 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# Half types at those of each way alone; between them there is no difference but the type.
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [
+        (length, dtype)
+        for length in LENGTHS
+        for dtype in DTYPES
+        if dtype == "float32" or length in (37, 1371, 4096, 32776)
+    ],
+)
 @pytest.mark.parametrize(
     ("op", "kind"), [(op, kind) for op in ("layer_norm", "rms_norm") for kind in kinds_of(op)]
 )
-@pytest.mark.parametrize("length", LENGTHS)
 def test_rows(
     length: int, op: str, kind: str, dtype: str, build_emulated: Any, check_kind: Any, device: Any
 ) -> None:
