@@ -191,7 +191,10 @@ class _Emitter:
         """Whether all rows begin at a multiple of `width` elements; None for certain."""
         if width == 1:
             return None
-        aligned = self.frame.aligned([*self.inputs, *self.outputs])
+        # A parameter along the rows is read in vectors too.
+        last = max(self.plan.wide_axes)
+        along = [t for t in self.program.inputs if last in t.axes and t not in self.inputs]
+        aligned = self.frame.aligned([*self.inputs, *along, *self.outputs])
         assert aligned is not None
         if constant(length) is not None:
             return aligned
