@@ -61,7 +61,7 @@ def test_at_mean_a_million(name: str, build_emulated: Any, check_kind: Any) -> N
     spec, shape, sizes = CASES[name]
     artifact = build_emulated(spec, shape)
     for size in sizes:
-        for kind in artifact.ports:
+        for kind in ("forward", "backward"):
             check_kind(artifact, kind, size, mean=1e6)
 
 
