@@ -33,8 +33,8 @@ from normgraph.scripts.console import Progress, log
 from normgraph.scripts.verify import versions
 
 KINDS = ("forward", "backward")
-# Less than this is no noise.
-_BETTER = 0.93
+# Kernels that are the same came out a tenth apart.
+_BETTER = 0.88
 DOCUMENT = Path("docs/benchmarks/knobs.md")
 
 
