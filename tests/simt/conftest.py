@@ -289,7 +289,7 @@ class Emulator:
         self.compiler = compiler
         self._volatile = _VOLATILE[Path(compiler).name]
         self._programs: dict[str, Program] = {}
-        self.library = folder / "libsimt.so"
+        self.driver = folder / "libsimt.so"
         self.runner = folder / "runner"
         objects = [folder / f"{file.stem}.o" for file in sorted(code.glob("*.cpp"))]
         self._together(
@@ -297,8 +297,8 @@ class Emulator:
         )
         main = folder / "main.o"
         engine = [str(made) for made in objects if made != main]
-        self._together([("-shared", *engine, "-o", str(self.library), "-ldl")])
-        self._together([(str(main), str(self.library), "-o", str(self.runner))])
+        self._together([("-shared", *engine, "-o", str(self.driver), "-ldl")])
+        self._together([(str(main), str(self.driver), "-o", str(self.runner))])
 
     def compile(self, source: str) -> Program:
         """The program of one source."""
@@ -313,7 +313,7 @@ class Emulator:
             path = self.folder / f"program{len(self._programs)}.so"
             file = path.with_suffix(".cpp")
             file.write_text(translate(source), encoding="utf-8")
-            words = (f"-I{self.code}", str(file), str(self.library), "-o", str(path))
+            words = (f"-I{self.code}", str(file), str(self.driver), "-o", str(path))
             commands.append((*_CHECKED, *self._volatile, *_LINKED, *words))
             self._programs[source] = Program(source, path, self.runner)
         self._together(commands)

@@ -63,7 +63,7 @@ class Driver:
 @pytest.fixture
 def driver(emulator: Any) -> Driver:
     values = np.arange(100, dtype=np.float32)
-    return Driver(ctypes.CDLL(str(emulator.library)), emulator.compile(SOURCE).path, values)
+    return Driver(ctypes.CDLL(str(emulator.driver)), emulator.compile(SOURCE).path, values)
 
 
 def test_a_launch(driver: Driver, tmp_path: Path) -> None:

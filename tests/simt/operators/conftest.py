@@ -65,22 +65,22 @@ class Device:
     def __init__(self, emulator: Any, launch: Callable[..., Any]) -> None:
         self.emulator = emulator
         self.launch = launch
-        self.library = ctypes.CDLL(str(emulator.library))
-        self.library.simt_allocate.restype = ctypes.c_uint64
+        self.driver = ctypes.CDLL(str(emulator.driver))
+        self.driver.simt_allocate.restype = ctypes.c_uint64
         self.results = Path(emulator.folder) / "launched.out"
 
     def tensor(self, name: str, role: int, array: Array, misaligned: int) -> Any:
         """An array's place on the device, of exactly its size."""
         data = None if role == OUTPUT else ctypes.c_void_p(array.ctypes.data)
         size, granule = ctypes.c_size_t(array.nbytes), array.itemsize
-        at = self.library.simt_allocate(name.encode(), role, size, granule, misaligned, data)
+        at = self.driver.simt_allocate(name.encode(), role, size, granule, misaligned, data)
         code = cuda_memory.BFLOAT if array.dtype == ml_dtypes.bfloat16 else cuda_memory.FLOAT
         memory = cuda_memory.Memory(array.shape, code, 8 * array.itemsize, 0, at)
         return tvm_ffi.from_dlpack(memory), at
 
     def finish(self, program: Any, arrays: Mapping[str, Array], at: Mapping[str, int]) -> Emulated:
         """What came of the calls since `simt_begin`."""
-        assert self.library.simt_finish(bytes(self.results)) == 0
+        assert self.driver.simt_finish(bytes(self.results)) == 0
         found, allocated, launched = self.results.read_text().split("---\n")
         sizes = (line.split() for line in allocated.splitlines())
         made = {
@@ -145,8 +145,8 @@ class Artifact:
             sizes.update(zip(map(str, port["shape"]), inputs[port["name"]].shape, strict=True))
         request, tensors, arrays, at = 0, [], {}, {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("NORMGRAPH_LIBCUDA", str(self.device.emulator.library))
-            self.device.library.simt_begin(seed)
+            patch.setenv("NORMGRAPH_LIBCUDA", str(self.device.emulator.driver))
+            self.device.driver.simt_begin(seed)
 
             def place(name: str, role: int, array: Array) -> None:
                 made, at[name] = self.device.tensor(
@@ -291,7 +291,7 @@ def inputs_of() -> Callable[..., dict[str, Array]]:
 @pytest.fixture
 def device(emulator: Any) -> Iterator[Callable[..., None]]:
     """device(multiprocessors, shared): what the emulator is from now on, until the test ends."""
-    library = ctypes.CDLL(str(emulator.library))
+    library = ctypes.CDLL(str(emulator.driver))
 
     def become(multiprocessors: int, shared: int = 228 * 1024) -> None:
         library.simt_device(multiprocessors, shared)

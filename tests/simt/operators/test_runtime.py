@@ -29,11 +29,11 @@ def load(
     build_emulated: Any, emulator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str], Any]]:
     """load(name): the operator of a case, after its self-test on the emulator."""
-    monkeypatch.setenv("NORMGRAPH_LIBCUDA", str(emulator.library))
+    monkeypatch.setenv("NORMGRAPH_LIBCUDA", str(emulator.driver))
 
     def loaded(name: str) -> Any:
         artifact = build_emulated(*CASES[name][:2])
-        artifact.device.library.simt_begin(0)
+        artifact.device.driver.simt_begin(0)
         return ng.load(artifact.path)
 
     yield loaded
