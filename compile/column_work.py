@@ -29,6 +29,7 @@ from normgraph.compile.column_arrays import ColumnArrays
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.knobs import knobs
 from normgraph.compile.row_kernel import RowStore, RowSum, output_row, row
+from normgraph.compile.row_lengths import Length
 from normgraph.compile.row_reader import (
     ROW_RANGES,
     ROWS_ABREAST,
@@ -166,7 +167,7 @@ class ColumnWork:
                 before: list[Stmt] = []
                 readers = self._readers(memory, first, count, before)
                 stores = [column_sum(readers, s, arrays[s.op.out], here) for s in steps]
-                done = row(self.columns, [], stores, lanes=self.lanes, unroll=1)
+                done = row(Length.of(self.columns), [], stores, lanes=self.lanes, unroll=1)
                 return seq([*before, done])
 
             def in_run(body: Stmt) -> Stmt:
@@ -216,9 +217,8 @@ class ColumnWork:
                     take=lambda total: grow(tensor, total, c),
                 )
 
-            sums = [one(*each) for each in arrays.items()]
-            done = row(self.length, sums, [], lanes=min(self.lanes, 8), unroll=1)
-            return seq([*stmts, done])
+            sums, length = [one(*each) for each in arrays.items()], Length.of(self.length)
+            return seq([*stmts, row(length, sums, [], lanes=min(self.lanes, 8), unroll=1)])
 
         return self._by_length(moved, added)
 
@@ -299,7 +299,7 @@ class ColumnWork:
                 )
 
             stores = [one(*each) for each in memory.locals.items()]
-            done = row(self.length, [], stores, lanes=min(self.lanes, 8), unroll=1)
+            done = row(Length.of(self.length), [], stores, lanes=min(self.lanes, 8), unroll=1)
             return seq([*before, done])
 
         stmts.append(self._by_length(copied, repeated))
@@ -328,7 +328,7 @@ class ColumnWork:
             before: list[Stmt] = []
             stores = [reader.output(step, add) for reader in self._readers(memory, n, 1, before)]
             done = output_row(
-                self.columns,
+                Length.of(self.columns),
                 stores,
                 lanes=self.lanes,
                 unroll=2,

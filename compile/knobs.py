@@ -25,6 +25,8 @@ class Knobs:
     channels                    and those that lie apart
     short_row_vector            bytes of the vectors for rows of a block: they lie anywhere, so each
                                 of 64 bytes would cross a cache line
+    exact_row                   rows of a block that are shorter than this, of open extents, have
+                                code for each of some ranges of lengths
     short_row, short_row_share  a channel's rows of up to so many elements are read in columns,
                                 where their square is at most so many times the number of rows
     columns, column_channels    of a block that is read in columns; one channel where its rows are
@@ -48,6 +50,7 @@ class Knobs:
     slices_of_two: int = 32
     channels: int = 64
     short_row_vector: int = 32
+    exact_row: int = 64
     short_row: int = 2048
     short_row_share: int = 160
     columns: int = 2048

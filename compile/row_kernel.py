@@ -19,6 +19,7 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.knobs import knobs
+from normgraph.compile.row_lengths import Length
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.tir import (
     Expr,
@@ -81,9 +82,9 @@ class RowStore:
 
 
 def row(
-    length: Expr, sums: list[RowSum], stores: list[RowStore], *, lanes: int, unroll: int
+    length: Length, sums: list[RowSum], stores: list[RowStore], *, lanes: int, unroll: int
 ) -> Stmt:
-    """The statement that does one row of `length` elements.
+    """The statement that does one row.
 
     lanes: elements of one vector register. unroll: registers used side by side for each sum.
     """
@@ -91,7 +92,7 @@ def row(
 
 
 def output_row(
-    length: Expr,
+    length: Length,
     stores: list[RowStore],
     *,
     lanes: int,
@@ -107,18 +108,18 @@ def output_row(
     last one are stored one by one.
     """
     cached = row(length, [], stores, lanes=lanes, unroll=unroll)
-    known = constant(length)
     streams = [s for s in stores if s.stream is not None]
     apart_from = knobs().streamed_apart
-    if large is None or not streams or (known is not None and known < apart_from):
+    if large is None or not streams or (length.most is not None and length.most < apart_from):
         return cached
-    streamed = _StreamedRow(length, stores, lanes, unroll, streaming)
-    whole = tirx.EQ(modulo(length, lanes), i64(0))
+    elements = length.elements
+    streamed = _StreamedRow(elements, stores, lanes, unroll, streaming)
+    whole = tirx.EQ(modulo(elements, lanes), i64(0))
     shares_none = tirx.And(whole, tirx.EQ(streamed.unaligned(), i64(0)))
-    short = tirx.And(shares_none, tirx.GE(length, i64(knobs().streamed_apart)))
+    short = tirx.And(shares_none, tirx.GE(elements, i64(knobs().streamed_apart)))
     if apart:
-        short = tirx.GE(length, i64(knobs().streamed_row // 2))
-    fits = tirx.And(large, tirx.Or(tirx.GE(length, i64(knobs().streamed_row)), short))
+        short = tirx.GE(elements, i64(knobs().streamed_row // 2))
+    fits = tirx.And(large, tirx.Or(tirx.GE(elements, i64(knobs().streamed_row)), short))
     if len(streams) > 1:
         fits = tirx.And(fits, whole)
     return when(fits, streamed.emit(), cached)
@@ -136,9 +137,10 @@ def registers_a_sum(sums: int, vector_bytes: int) -> int:
 
 class _Row:
     def __init__(
-        self, length: Expr, sums: list[RowSum], stores: list[RowStore], lanes: int, unroll: int
+        self, length: Length, sums: list[RowSum], stores: list[RowStore], lanes: int, unroll: int
     ) -> None:
-        self.length = length
+        self.bounds = length
+        self.length = length.elements
         self.stores = stores
         self.lanes = lanes
         self.wide = lanes * unroll
@@ -148,12 +150,13 @@ class _Row:
         body: list[Stmt] = []
         for acc in self.sums:
             body.extend(acc.start())
-        known = constant(self.length)
-        if known is None:
+        if self.bounds.least >= self.lanes:
+            body.append(self._long())
+        elif self.bounds.most is not None and self.bounds.most < self.lanes:
+            body.append(self._short())
+        else:
             enough = tirx.GE(self.length, i64(self.lanes))
             body.append(when(enough, self._long(), self._short()))
-        else:
-            body.append(self._long() if known >= self.lanes else self._short())
         body.extend(acc.finish() for acc in self.sums)
         return seq(body)
 
@@ -175,7 +178,7 @@ class _Row:
     def _long(self) -> Stmt:
         """A row of at least one vector."""
         body: list[Stmt] = []
-        n_wide = bind("n_wide", floordiv(self.length, self.wide), body)
+        n_wide = bind("n_wide", self.bounds.whole(self.wide), body)
         done_wide = bind("done_wide", times(n_wide, i64(self.wide)), body)
         body.append(self._in_runs(n_wide) if self.sums else self._vectors(i64(0), n_wide, True))
         done = done_wide

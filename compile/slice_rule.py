@@ -14,7 +14,8 @@ Strategy.
     (Sizes are of float32; other types have as many elements.) Where a channel's elements lie in
     rows too short for that, it is read in columns (`column_work`).
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
-    (`row_kernel`); pass two finds the slice in cache.
+    (`row_kernel`); pass two finds the slice in cache. Short rows of open extents have code for each
+    of some ranges of lengths (`row_lengths`).
  4. What has one element a slice is computed between passes, for the block in vectors
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
@@ -38,7 +39,7 @@ last-level cache and of memory.
 So in cache a forward is bound by A (1 + 1 + 1)/s, as a copy is, plus what its second reading and
 its arithmetic leave uncovered: 6 to 8 operations a vector against the 6 to 10 cycles a vector that
 the cache takes. Short rows are bound by instructions: an instance norm forward of 49 elements takes
-some 70 cycles, where its vectors alone would take about 25 (the rest: the fold of each sum, the
+some 40 cycles, where its vectors alone would take about 25 (the rest: the fold of each sum, the
 last vector, the values of the slice).
 
 Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction): merging row loops

@@ -23,6 +23,7 @@ from normgraph.compile.row_kernel import (
     registers_a_sum,
     row,
 )
+from normgraph.compile.row_lengths import Length, by_length
 from normgraph.compile.row_reader import Block, RowReader, column_sum
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
 from normgraph.compile.slice_values import SliceValues
@@ -114,19 +115,21 @@ class SliceWork:
         self, groups: list[tuple[frozenset[int], list[Step]]], outputs: list[Step]
     ) -> Stmt:
         """All of the pass in one loop where all is written, else part by part."""
+        alone = len(groups) + len(outputs) == 1
         apart: list[Stmt] = []
         for needs, steps in groups:
-            apart.append(when(self.frame.any_of(needs), self._traverse(steps)))
+            apart.append(when(self.frame.any_of(needs), self._traverse(steps, usual=alone)))
         for step in outputs:
             index = self.frame.output_of(step)
             added = when(self.frame.is_add(index), self._traverse([step], add=True))
-            apart.append(when(self.frame.is_write(index), self._traverse([step]), added))
+            written = self._traverse([step], usual=alone)
+            apart.append(when(self.frame.is_write(index), written, added))
         if len(apart) == 1:
             return apart[0]
         conditions = [self.frame.any_of(needs) for needs, _ in groups]
         conditions += [self.frame.is_write(self.frame.output_of(step)) for step in outputs]
         known = [c for c in conditions if c is not None]
-        whole = self._traverse([s for _, steps in groups for s in steps] + outputs)
+        whole = self._traverse([s for _, steps in groups for s in steps] + outputs, usual=True)
         if not known:
             return whole
         every = known[0]
@@ -143,9 +146,10 @@ class SliceWork:
 
     # One traversal of the slices' data.
 
-    def _traverse(self, steps: list[Step], *, add: bool = False) -> Stmt:
+    def _traverse(self, steps: list[Step], *, add: bool = False, usual: bool = False) -> Stmt:
+        """usual: most calls take this way, so it is worth code for each of the short lengths."""
         if not self.plan.lead_axes:
-            return self._inner(steps, Position(), add, {})
+            return self._inner(steps, Position(), add, {}, usual and self.block.most > 1)
         outer, first = self.plan.lead_axes[:-1], self.plan.lead_axes[-1]
         sums = [step.op.out for step in steps if self._is_local_sum(step)]
         parts = self._parts(sums)
@@ -189,7 +193,14 @@ class SliceWork:
 
         return seq([*stmts, self.values.each_slice(fold_rows)]) if parts else seq(stmts)
 
-    def _inner(self, steps: list[Step], at: Position, add: bool, parts: dict[Tensor, Any]) -> Stmt:
+    def _inner(
+        self,
+        steps: list[Step],
+        at: Position,
+        add: bool,
+        parts: dict[Tensor, Any],
+        exact: bool = False,
+    ) -> Stmt:
         """The part of a traversal that lies together in memory."""
         row_axes = self._row_axes(steps)
         middle = [a for a in self.inner_axes if a not in row_axes]
@@ -199,13 +210,18 @@ class SliceWork:
             first = self._inner(sums, at, add, parts) if sums else None
             return seq([first, self._columns(steps, columns, row_axes, add)])
 
-        def rows(c: Expr, between: list[Expr]) -> Stmt:
-            here = at.at(dict(zip(middle, between, strict=True)))
-            here = here.along(self.plan.slice_axes, plus(self.block.start, c))
-            return self._row(steps, here, row_axes, c, add, parts)
+        def rows(length: Length) -> Stmt:
+            def between(c: Expr, index: list[Expr]) -> Stmt:
+                here = at.at(dict(zip(middle, index, strict=True)))
+                here = here.along(self.plan.slice_axes, plus(self.block.start, c))
+                return self._row(steps, here, row_axes, c, add, parts, length)
 
-        extents = [(f"m{a}", self.extents[a]) for a in middle]
-        return self.values.each_slice(lambda c: nest(extents, lambda index: rows(c, index)))
+            extents = [(f"m{a}", self.extents[a]) for a in middle]
+            return self.values.each_slice(lambda c: nest(extents, lambda index: between(c, index)))
+
+        sample = steps[0].sample
+        count = product([self.extents[a] for a in row_axes]) if sample is None else sample.elements
+        return by_length(count, self.lanes, rows) if exact else rows(Length.of(count))
 
     def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
         """The longest run of last axes along which every operand is contiguous or constant."""
@@ -225,6 +241,7 @@ class SliceWork:
         c: Expr,
         add: bool,
         parts: dict[Tensor, Any],
+        length: Length,
     ) -> Stmt:
         stmts: list[Stmt] = []
         reader = RowReader(self.memory, at, row_axes, c, stmts)
@@ -239,8 +256,6 @@ class SliceWork:
                 sums.append(reader.lane_sums(step, self.lanes, parts[step.op.out]))
             else:
                 sums.append(reader.row_sum(step))
-        sample = steps[0].sample
-        length = product([self.extents[a] for a in row_axes]) if sample is None else sample.elements
         unroll = registers_a_sum(len(sums), self.vector_bytes)
         if sums:
             done = row(length, sums, stores, lanes=self.lanes, unroll=unroll)
@@ -248,7 +263,7 @@ class SliceWork:
             done = self._outputs(length, stores, unroll)
         return seq([*stmts, done])
 
-    def _outputs(self, length: Expr, stores: list[RowStore], unroll: int) -> Stmt:
+    def _outputs(self, length: Length, stores: list[RowStore], unroll: int) -> Stmt:
         return output_row(
             length,
             stores,
@@ -281,7 +296,7 @@ class SliceWork:
         for step in steps:
             if not step.is_sum:
                 stores += [reader.output(step, add) for reader in readers]
-        length = product([self.extents[a] for a in row_axes])
+        length = Length.of(product([self.extents[a] for a in row_axes]))
         return seq([*stmts, self._outputs(length, stores, 1)])
 
 

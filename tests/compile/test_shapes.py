@@ -60,17 +60,18 @@ def _compare(found: Array, want: Array, size: Array, dtype: str, where: object) 
     assert error <= room, (where, error)
 
 
-# Around multiples of a vector and of the registers of a sum, on either side.
-LENGTHS = (2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 47, 49, 63, 64, 65, 127, 129, 196, 255, 257, 1025)
+# All that have code for their range; then around multiples of the registers of a sum.
+LENGTHS = (*range(2, 67), 127, 129, 196, 255, 257, 1025)
 
 
-@pytest.mark.parametrize("op", ["instance_norm", "batch_norm"])
+@pytest.mark.parametrize("op", ["instance_norm", "batch_norm", "group_norm"])
 def test_every_length_of_a_row(op: str, build_operator: Callable[..., Any]) -> None:
-    operator = build_operator(NormSpec(op), ("N", 3, "L"), kinds=("forward", "backward"))
+    spec = NormSpec(op, groups=3) if op == "group_norm" else NormSpec(op)
+    operator = build_operator(spec, ("N", 6, "L"), kinds=("forward", "backward"))
     for length in LENGTHS:
         # Few rows on the calling thread; enough of them for the parallel loop.
-        for n in (2, 40000 // (3 * length) + 1):
-            _hold(operator, (n, 3, length))
+        for n in (2, 40000 // (6 * length) + 1):
+            _hold(operator, (n, 6, length))
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])

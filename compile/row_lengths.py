@@ -1,0 +1,62 @@
+"""Code of its own for each range of lengths that a short row may have.
+
+An open extent would cost a short row half as much again as its elements do: loops of one or two
+rounds, each with its counter, and registers that wait for what may follow. So the length is looked
+at once for all rows of a block, and where it is small the code is nearly as if it were known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from normgraph.compile.knobs import knobs
+from normgraph.compile.tir import Expr, Stmt, constant, floordiv, i64, when
+
+
+@dataclass(frozen=True)
+class Length:
+    """The elements of a row, of which there are `least` to `most` (None: any number)."""
+
+    elements: Expr
+    least: int = 0
+    most: int | None = None
+
+    @staticmethod
+    def of(elements: Expr) -> Length:
+        """A length of which no more is known than the expression says."""
+        known = constant(elements)
+        return Length(elements) if known is None else Length(elements, known, known)
+
+    def whole(self, width: int) -> Expr:
+        """How many times `width` elements there are."""
+        if self.most is not None and self.least // width == self.most // width:
+            return i64(self.least // width)
+        return floordiv(self.elements, width)
+
+
+def by_length(elements: Expr, lanes: int, code: Callable[[Length], Stmt]) -> Stmt:
+    """`code` for rows of so many elements, once for each range of short lengths and for the rest.
+
+    A range ends behind every second vector, as those of a row are taken in pairs.
+    """
+    width = 2 * lanes
+    ranges = knobs().exact_row // width
+    if constant(elements) is not None or ranges == 0:
+        return code(Length.of(elements))
+    starts = [0, lanes, *(k * width for k in range(1, ranges + 1))]
+    return _chosen(elements, starts, None, code)
+
+
+def _chosen(
+    elements: Expr, starts: list[int], end: int | None, code: Callable[[Length], Stmt]
+) -> Stmt:
+    if len(starts) == 1:
+        return code(Length(elements, starts[0], None if end is None else end - 1))
+    # The longest rows, which are the usual ones, first.
+    middle = len(starts) - 1 if end is None else len(starts) // 2
+    below = _chosen(elements, starts[:middle], starts[middle], code)
+    above = _chosen(elements, starts[middle:], end, code)
+    return when(tirx.GE(elements, i64(starts[middle])), above, below)
