@@ -24,8 +24,8 @@ Strategy.
     not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
- 7. Where what is read fills the last-level cache, outputs are stored past it (`streaming`), but for
-    rows so short that much of them lies in lines shared with their neighbours.
+ 7. Where what is read and written is more than the last-level cache holds, outputs are stored past
+    it (`streaming`), but for rows so short that much of them lies in lines shared with neighbours.
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
 last-level cache and of memory.
@@ -134,12 +134,12 @@ class _Emitter:
             "elements", product([self.extents[a] for a in self.plan.wide_axes]), opening
         )
         cache = i64(self.streaming.cache_bytes)
-        # What is read fills the last-level cache by itself: nothing written would stay in it.
-        read = times(elements, i64(self._read_bytes()))
-        self.large = bind("large", tirx.GT(read, cache), opening, "bool")
-        # With what is written, half of it, and other arrays want their part.
-        moved = times(elements, i64(2 * (self._read_bytes() + 4)))
-        self.far = bind("far", tirx.GT(moved, cache), opening, "bool")
+        moved = times(elements, i64(self._moved_bytes()))
+        # More than stays in it: what is written would put out what is to be read.
+        most = tirx.Mul(cache, i64(self.knobs.streamed_eighths))
+        self.large = bind("large", tirx.GT(times(moved, i64(8)), most), opening, "bool")
+        # Half of it, and other arrays want their part.
+        self.far = bind("far", tirx.GT(times(moved, i64(2)), cache), opening, "bool")
         small = tirx.LE(elements, i64(self.knobs.serial))
         stay = tirx.call_extern("int32", STAY_ON_THREAD, tirx.Cast("int32", small))
         opening.append(tirx.Evaluate(stay))
@@ -153,6 +153,12 @@ class _Emitter:
     def _read_bytes(self) -> int:
         """Bytes of all whole-size inputs together, an element."""
         return sum(item_size(t.dtype) for t in self._whole_inputs())
+
+    def _moved_bytes(self) -> int:
+        """These, and those of the whole-size outputs."""
+        every = frozenset(self.plan.wide_axes)
+        written = [t for t in self.program.outputs if t.axes == every]
+        return self._read_bytes() + sum(item_size(t.dtype) for t in written)
 
     def _lanes(self) -> int:
         sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
