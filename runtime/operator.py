@@ -29,7 +29,7 @@ class Operator:
 
     `forward`, `inference`, `backward`, `backward_frozen` and `backward_from_output` are there where
     the artifact holds them (`kinds`); see `Call` and its `__call__` for how each is called and
-    what it returns.
+    what it returns, and `bind` for loops on fixed arrays.
 
     It may be used from many threads at once, and in a child after a fork.
     """

@@ -260,7 +260,7 @@ def test_numpy_does_not_resize_what_is_bound(op: Any, toy: Any, view: bool) -> N
     np.testing.assert_array_equal(call(), answer)
     del call
     y.resize(1 << 10, refcheck=False)
-    assert y.shape == (1024,)
+    assert y.nbytes == 4096
 
 
 def test_a_shape_given_to_the_array_later_changes_nothing(op: Any, toy: Any) -> None:
