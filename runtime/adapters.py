@@ -88,6 +88,18 @@ class Adapter(Protocol):
     def kernel_argument(self, view: View) -> Any:
         """What the kernel call takes for an array without a defect; nothing is copied."""
 
+    def lasting(self, view: View) -> Any:
+        """What any number of kernel calls take for an array without a defect.
+
+        Whatever is done to the array, its memory stays where it is, or `guards` notice.
+        """
+
+    def guards(self, arrays: Sequence[tuple[str, Any, View]]) -> list[Callable[[], None]]:
+        """What is to be checked before each call with these arrays, which were good once.
+
+        Each comes with what opens its error messages, and with its view.
+        """
+
     def allocate(self, shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
         """A new array for an output; a large one in the memory of `output_pool`."""
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
-import numpy as np
-
-from normgraph.errors import ArgumentError, ArgumentTypeError
+from normgraph.errors import ArgumentTypeError
 from normgraph.runtime import dlpack, empty, rules
 from normgraph.runtime.adapters import Adapter, View, adapter_for_call
+from normgraph.runtime.arguments import (
+    Checked,
+    compact,
+    in_order,
+    input_view,
+    is_scalar,
+    output_view,
+)
+from normgraph.runtime.bound_call import repeated
 from normgraph.runtime.numpy_call import Plan, plain_call
 from normgraph.runtime.options import GradReq, Selection, Want, check_out, freeze, select
 from normgraph.runtime.output_pool import LARGE
 from normgraph.runtime.overlap import check_overlap
-from normgraph.runtime.signature import Shape, Signature, TensorSpec
+from normgraph.runtime.signature import Shape, Signature
 from normgraph.spec import NormSpec
 
 # Shapes remembered as checked; a caller with more than this many starts over.
@@ -121,7 +128,7 @@ class Call:
         else:
             selection = self._select(*freeze(self.signature, want, grad_req))
         if named or len(args) != self._arity:
-            args = self._bind(args, named)
+            args = in_order(self.signature, args, named, "out, want, grad_req, copy")
         fast = self._fast.get(args[0].__class__)
         if fast is not None:
             if self._takes_momentum and type(args[-1]) is float:
@@ -222,21 +229,73 @@ class Call:
                 (buffers[index],) = make((shapes[index],), (fast.outputs[index],))
         return None if left else buffers
 
-    def _full(
+    def bind(
+        self,
+        *args: Any,
+        out: Mapping[str, Any] | None = None,
+        want: Want | None = None,
+        grad_req: GradReq = "write",
+        **named: Any,
+    ) -> Callable[[], Any]:
+        """The call of these arrays again and again; see `Operator.bind`."""
+        signature, kind = self.signature, self.signature.kind
+        selection = self._select(*freeze(signature, want, grad_req))
+        arrays = in_order(signature, args, named, "out, want, grad_req")
+        checked = self._check(arrays, selection, out, copy=False, bound=True)
+        adapter = checked.adapter
+        result = self._result(checked, selection)
+        held = [
+            (f"{kind}: {spec.name}", view.array if is_scalar(spec, array) else array, view)
+            for spec, array, view in zip(signature.inputs, arrays, checked.inputs, strict=True)
+        ]
+        outputs = list(result) if selection.result else [result]
+        for index, array in zip(selection.wanted, outputs, strict=True):
+            where = f"{kind}: {self._names[index]}"
+            checked.outputs[index] = adapter.view(array, where)
+            held.append((where, array, checked.outputs[index]))
+        checks = adapter.guards(held)
+        if self._gamma >= 0:
+            checks = [*checks, partial(self._check_gamma, adapter, checked.inputs[self._gamma])]
+        if checked.is_empty:
+            kernel, arguments = self._answer, (checked, selection)
+        else:
+            kernel = self._function
+            arguments = (*self._arguments(checked, adapter.lasting), selection.request)
+        written = partial(adapter.written, outputs) if adapter.notes_writes else None
+        return repeated(signature, kernel, arguments, result, checks, written)
+
+    def _full(self, arrays: tuple[Any, ...], selection: Selection, out: object, copy: bool) -> Any:
+        """The call with every check, which also knows how to say what is wrong."""
+        checked = self._check(arrays, selection, out, copy=copy)
+        adapter = checked.adapter
+        if checked.is_empty:
+            self._answer(checked, selection)
+        else:
+            arguments = self._arguments(checked, adapter.kernel_argument)
+            self._function(*arguments, selection.request)
+            self._remember(checked, arrays)
+        adapter.written(checked.given.values())
+        return self._result(checked, selection)
+
+    def _check(
         self,
         arrays: tuple[Any, ...],
         selection: Selection,
         out: object,
+        *,
         copy: bool,
-    ) -> Any:
-        """The call with every check, which also knows how to say what is wrong."""
+        bound: bool = False,
+    ) -> Checked:
+        """Raise for what is wrong with any argument; allocate what is not given."""
         signature, kind = self.signature, self.signature.kind
         given = check_out(signature, selection, out)
-        adapter = self._adapter(arrays, given)
-        views = [
-            self._input(adapter, spec, array)
+        named = [
+            (spec.name, array)
             for spec, array in zip(signature.inputs, arrays, strict=True)
+            if not is_scalar(spec, array)
         ]
+        adapter = self._adapter([*named, *((f"out[{name!r}]", given[name]) for name in given)])
+        views = self._views(adapter, arrays)
         input_shapes = tuple(view.shape for view in views)
         known = self._plans.get(input_shapes)
         if known is None:
@@ -245,156 +304,83 @@ class Call:
         else:
             shapes = known[0]
         views = [
-            self._usable(adapter, spec, view, copy)
+            compact(kind, adapter, spec, view, copy=copy, bound=bound)
             for spec, view in zip(signature.inputs, views, strict=True)
         ]
-        if self._gamma >= 0:
-            gamma = views[self._gamma]
-            rules.check_no_zero(kind, adapter.memory(gamma), gamma.dtype)
+        if self._gamma >= 0 and not bound:  # what is bound may be filled later
+            self._check_gamma(adapter, views[self._gamma])
         outputs: dict[int, View] = {}
         for index in selection.wanted:
             if self._names[index] in given:
-                array = given[self._names[index]]
-                outputs[index] = self._output(adapter, index, shapes[index], array)
+                spec, array = signature.outputs[index], given[self._names[index]]
+                outputs[index] = output_view(kind, adapter, spec, shapes[index], array)
         check_overlap(signature, selection, views, outputs)
         for index in selection.wanted:
             if index not in outputs:
                 dtype = signature.outputs[index].dtype
                 outputs[index] = adapter.allocate(shapes[index], dtype, views)
-        if any(0 in shape for shape in input_shapes):
-            empty.answer(
-                self._spec,
-                dict(zip(signature.input_names, map(adapter.memory, views), strict=True)),
-                {
-                    self._names[index]: (adapter.memory(view), index in selection.added)
-                    for index, view in outputs.items()
-                },
-            )
-        else:
-            buffers = self._placeholders.copy()
-            for index, view in outputs.items():
-                buffers[index] = adapter.kernel_argument(view)
-            self._function(*map(adapter.kernel_argument, views), *buffers, selection.request)
-            self._remember(adapter, arrays, input_shapes, shapes)
-        adapter.written(given.values())
-        results = [
-            given[self._names[index]] if self._names[index] in given else outputs[index].array
+        return Checked(adapter, views, outputs, given, shapes)
+
+    def _check_gamma(self, adapter: Adapter, gamma: View) -> None:
+        if adapter.has_zero(gamma.array):
+            rules.check_no_zero(self.signature.kind, adapter.memory(gamma), gamma.dtype)
+
+    def _arguments(self, checked: Checked, argument: Callable[[View], Any]) -> tuple[Any, ...]:
+        """What the kernel takes, but for the request."""
+        buffers = self._spare(checked)
+        for index, view in checked.outputs.items():
+            buffers[index] = argument(view)
+        return (*map(argument, checked.inputs), *buffers)
+
+    def _result(self, checked: Checked, selection: Selection) -> Any:
+        """What the caller gets: the outputs as they were given, or new ones."""
+        outputs = [
+            checked.given.get(self._names[index], checked.outputs[index].array)
             for index in selection.wanted
         ]
         if selection.result is None:
-            return results[0]
-        return tuple.__new__(selection.result, results)
+            return outputs[0]
+        return tuple.__new__(selection.result, outputs)
 
-    def _remember(
-        self,
-        adapter: Adapter,
-        arrays: Sequence[Any],
-        input_shapes: tuple[Shape, ...],
-        shapes: tuple[Shape, ...],
-    ) -> None:
+    def _answer(self, checked: Checked, selection: Selection) -> None:
+        """Write the outputs where an input has no elements."""
+        memory = checked.adapter.memory
+        empty.answer(
+            self._spec,
+            dict(zip(self.signature.input_names, map(memory, checked.inputs), strict=True)),
+            {
+                self._names[index]: (memory(view), index in selection.added)
+                for index, view in checked.outputs.items()
+            },
+        )
+
+    def _spare(self, checked: Checked) -> list[Any]:
+        """What a kernel takes for each output that is not requested."""
+        del checked  # on a device they are where the arrays are
+        return self._placeholders.copy()
+
+    def _remember(self, checked: Checked, arrays: Sequence[Any]) -> None:
         kind = type(arrays[0])
         if kind not in self._fast:
-            self._fast[kind] = _Fast(adapter, self.signature, arrays)
+            self._fast[kind] = _Fast(checked.adapter, self.signature, arrays)
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         large = any(
             prod(shape) * placeholder.dtype.itemsize >= LARGE
-            for shape, placeholder in zip(shapes, self._placeholders, strict=True)
+            for shape, placeholder in zip(checked.shapes, self._placeholders, strict=True)
         )
-        self._plans[input_shapes] = shapes, large
+        self._plans[checked.input_shapes] = checked.shapes, large
 
-    def _bind(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The inputs in order, from positional and keyword arguments."""
-        names = self.signature.input_names
-        expected = f"it takes {', '.join(names)}"
-        if len(args) > len(names):
-            raise ArgumentTypeError(
-                f"{self.signature.kind}: expected {len(names)} arrays, but {len(args)} came;"
-                f" {expected}."
-            )
-        bound = dict(zip(names, args, strict=False))
-        for name, value in named.items():
-            if name not in names:
-                raise ArgumentTypeError(
-                    f"{self.signature.kind}: there is no argument {name!r}; {expected}, and the"
-                    f" options out, want, grad_req, copy."
-                )
-            if name in bound:
-                raise ArgumentTypeError(
-                    f"{self.signature.kind}: {name} was given twice, by position and by name."
-                )
-            bound[name] = value
-        missing = [name for name in names if name not in bound]
-        if missing:
-            raise ArgumentTypeError(
-                f"{self.signature.kind}: {', '.join(missing)} missing; {expected}."
-            )
-        return tuple(bound[name] for name in names)
+    def _adapter(self, arrays: Sequence[tuple[str, Any]]) -> Any:
+        return adapter_for_call(self.signature.kind, arrays)
 
-    def _adapter(self, arrays: Sequence[Any], given: Mapping[str, Any]) -> Adapter:
-        pairs = [
-            (spec.name, array)
+    def _views(self, adapter: Any, arrays: Sequence[Any]) -> list[View]:
+        return [
+            input_view(self.signature.kind, adapter, spec, array)
             for spec, array in zip(self.signature.inputs, arrays, strict=True)
-            if not is_scalar(spec, array)
         ]
-        pairs += [(f"out[{name!r}]", array) for name, array in given.items()]
-        return adapter_for_call(self.signature.kind, pairs)
-
-    def _input(self, adapter: Adapter, spec: TensorSpec, array: Any) -> View:
-        where = f"{self.signature.kind}: {spec.name}"
-        if is_scalar(spec, array):
-            array = adapter.scalar(float(array), spec.dtype)
-        view = adapter.view(array, where)
-        if view.dtype != spec.dtype:
-            raise ArgumentTypeError(
-                f"{where} must be {spec.dtype} ({spec}), but it is {view.dtype}. Convert it, or"
-                f" build an artifact for that dtype."
-            )
-        return view
-
-    def _usable(self, adapter: Adapter, spec: TensorSpec, view: View, copy: bool) -> View:
-        if view.defect is None:
-            return view
-        if not copy:
-            raise ArgumentError(
-                f"{self.signature.kind}: {spec.name} must be compact in row-major order for"
-                f" copy=False, but it is {view.defect}. Make it contiguous, or allow copy=True."
-            )
-        return adapter.copy(view)
-
-    def _output(self, adapter: Adapter, index: int, shape: Shape, array: Any) -> View:
-        spec = self.signature.outputs[index]
-        where = f"{self.signature.kind}: out[{spec.name!r}]"
-        view = adapter.view(array, where)
-        if view.dtype != spec.dtype:
-            raise ArgumentTypeError(
-                f"{where} must be {spec.dtype} ({spec}), but it is {view.dtype}. Allocate it with"
-                f" that dtype."
-            )
-        if view.shape != shape:
-            raise ArgumentError(
-                f"{where} must have shape {shape} ({spec}), but it has {view.shape}. Allocate it"
-                f" with that shape."
-            )
-        if view.defect is not None:
-            raise ArgumentError(
-                f"{where} must be compact in row-major order, but it is {view.defect}. Pass a"
-                f" contiguous array and copy from it."
-            )
-        if not view.writable:
-            raise ArgumentError(
-                f"{where} must be writable, but it is read-only, or its {adapter.noun} does not"
-                f" say. Pass a writable one."
-            )
-        return view
 
 
 def _index(signature: Signature, name: str) -> int:
     names = signature.input_names
     return names.index(name) if name in names else -1
-
-
-def is_scalar(spec: TensorSpec, array: object) -> bool:
-    """Whether this is a plain number where an array of rank 0 is expected."""
-    numbers = (int, float, np.floating, np.integer)
-    return spec.shape == () and isinstance(array, numbers) and not isinstance(array, bool)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from normgraph.errors import ArgumentError, ArgumentTypeError, DeviceError
-from normgraph.runtime import cuda_arrays, rules
+from normgraph.runtime import cuda_arrays
 from normgraph.runtime.adapters import View
-from normgraph.runtime.call import Call, is_scalar
-from normgraph.runtime.options import Selection, check_out
-from normgraph.runtime.overlap import check_overlap
+from normgraph.runtime.arguments import Checked, input_view, is_scalar
+from normgraph.runtime.call import Call
+from normgraph.runtime.options import Selection
 from normgraph.runtime.signature import Signature
 from normgraph.spec import NormSpec
 
@@ -61,44 +61,7 @@ class CudaCall(Call):
             result = self._plain(arrays, selection)
             if result is not None:
                 return result
-        signature = self.signature
-        given = check_out(signature, selection, out)
-        adapter = self._device_adapter(arrays, given)
-        views = self._views(adapter, arrays)
-        input_shapes = tuple(view.shape for view in views)
-        shapes = signature.output_shapes(input_shapes)
-        rules.check_enough_values(self._spec, signature, input_shapes)
-        views = [
-            self._usable(adapter, spec, view, copy)
-            for spec, view in zip(signature.inputs, views, strict=True)
-        ]
-        outputs: dict[int, View] = {}
-        for index in selection.wanted:
-            if self._names[index] in given:
-                array = given[self._names[index]]
-                outputs[index] = self._output(adapter, index, shapes[index], array)
-        check_overlap(signature, selection, views, outputs)
-        for index in selection.wanted:
-            if index not in outputs:
-                outputs[index] = adapter.allocate(shapes[index], signature.outputs[index].dtype)
-        if any(0 in shape for shape in input_shapes):
-            adapter.answer(
-                self._spec,
-                dict(zip(signature.input_names, views, strict=True)),
-                {self._names[k]: (view, k in selection.added) for k, view in outputs.items()},
-            )
-        else:
-            buffers = self._spare(views[0].device)
-            for index, view in outputs.items():
-                buffers[index] = adapter.kernel_argument(view)
-            self._function(*map(adapter.kernel_argument, views), *buffers, selection.request)
-            self._plans[input_shapes] = shapes, False
-        adapter.written(given.values())
-        results = [
-            given[self._names[index]] if self._names[index] in given else outputs[index].array
-            for index in selection.wanted
-        ]
-        return _result(selection, results)
+        return super()._full(arrays, selection, out, copy)
 
     def _plain(self, arrays: tuple[Any, ...], selection: Selection) -> Any:
         """The call for torch tensors and shapes known to be good; None leaves it to the rest."""
@@ -124,28 +87,35 @@ class CudaCall(Call):
                 for shape, dtype in zip(shapes, outputs, strict=True)
             ]
         else:
-            buffers = self._spare(device.index)
+            buffers = self._nowhere(device.index)
             for k in selection.wanted:
                 buffers[k] = torch.empty(shapes[k], dtype=outputs[k], device=device)
         self._function(*arrays, *buffers, selection.request)
         return _result(selection, [buffers[index] for index in selection.wanted])
 
-    def _spare(self, device: int) -> list[Any]:
+    def _answer(self, checked: Checked, selection: Selection) -> None:
+        checked.adapter.answer(
+            self._spec,
+            dict(zip(self.signature.input_names, checked.inputs, strict=True)),
+            {self._names[k]: (view, k in selection.added) for k, view in checked.outputs.items()},
+        )
+
+    def _spare(self, checked: Checked) -> list[Any]:
+        return self._nowhere(checked.inputs[0].device)
+
+    def _nowhere(self, device: int) -> list[Any]:
         """What a kernel takes for each output that is not requested."""
         return [
             cuda_arrays.placeholder(len(spec.shape), spec.dtype, device)
             for spec in self.signature.outputs
         ]
 
-    def _device_adapter(self, arrays: Sequence[Any], given: Mapping[str, Any]) -> Any:
+    def _remember(self, checked: Checked, arrays: Sequence[Any]) -> None:
+        self._plans[checked.input_shapes] = checked.shapes, False
+
+    def _adapter(self, arrays: Sequence[tuple[str, Any]]) -> Any:
         kind = self.signature.kind
-        pairs = [
-            (spec.name, array)
-            for spec, array in zip(self.signature.inputs, arrays, strict=True)
-            if not is_scalar(spec, array)
-        ]
-        pairs += [(f"out[{name!r}]", array) for name, array in given.items()]
-        libraries = {_library(f"{kind}: {name}", array) for name, array in pairs}
+        libraries = {_library(f"{kind}: {name}", array) for name, array in arrays}
         if len(libraries) > 1:
             raise ArgumentTypeError(
                 f"{kind}: all arrays of a call must be of one kind, but some are torch tensors and"
@@ -164,7 +134,8 @@ class CudaCall(Call):
         """The inputs' views, plain numbers last: they go where the others are."""
         specs = self.signature.inputs
         order = sorted(range(len(specs)), key=lambda k: is_scalar(specs[k], arrays[k]))
-        views = {k: self._input(adapter, specs[k], arrays[k]) for k in order}
+        kind = self.signature.kind
+        views = {k: input_view(kind, adapter, specs[k], arrays[k]) for k in order}
         return [views[k] for k in range(len(specs))]
 
 

@@ -8,6 +8,7 @@ before it is consumed. Nothing is copied; kernels do not write to their inputs.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,30 @@ def kernel_tensor(array: AnyArray, dtype: str) -> Any:
     if bfloat16:
         return tvm_ffi.from_dlpack(_Capsule(exported.__dlpack__(), _BFLOAT))
     return exported
+
+
+class _LastingMemory(_WritableMemory):
+    """An array's memory, which NumPy does not resize as long as this is there."""
+
+    def __init__(self, array: AnyArray) -> None:
+        super().__init__(array)
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        # With refcheck=False, resize frees memory that others show, but not where one refers to
+        # the array weakly.
+        self._fixed = weakref.ref(owner)
+
+
+def lasting_tensor(array: AnyArray, dtype: str) -> Any:
+    """A tvm_ffi.Tensor of a compact array's memory, which stays there as long as the tensor does.
+
+    bfloat16 comes as its bits; the array may be read-only.
+    """
+    exported: AnyArray = np.asarray(_LastingMemory(array))
+    if dtype == "bfloat16":
+        return tvm_ffi.from_dlpack(_Capsule(exported.__dlpack__(), _BFLOAT))
+    return tvm_ffi.from_dlpack(exported)
 
 
 def owned_tensor(shape: tuple[int, ...], dtype: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,15 @@ def copy(view_: View) -> View:
 
 def kernel_argument(view_: View) -> Any:
     return view_.array
+
+
+def lasting(view_: View) -> Any:
+    return view_.array
+
+
+def guards(arrays: Sequence[tuple[str, Any, View]]) -> list[Callable[[], None]]:
+    """Nothing: a DLPack export holds its memory."""
+    return []
 
 
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:

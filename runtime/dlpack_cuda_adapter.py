@@ -6,7 +6,7 @@ stream. The producer is told that stream and makes it wait for what it still has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class DlpackDevice:
     """Arrays of one device, that of the first one that is looked at."""
 
     noun = "DLPack array"
+    notes_writes = False
 
     def __init__(self) -> None:
         self._device = -1
@@ -84,7 +85,21 @@ class DlpackDevice:
         """What the kernel call takes."""
         return view.array
 
-    def allocate(self, shape: Shape, dtype: str) -> View:
+    def lasting(self, view: View) -> Any:
+        """The tensor, if its producer does not have to be told the stream of each call."""
+        if not view.writable:
+            raise ArgumentError(
+                "an array that is not a tvm_ffi.Tensor cannot be bound on a device: its producer"
+                " is told the stream when it exports, which a bound call does not repeat. Bind"
+                " tvm_ffi.from_dlpack(array), and keep the order of the streams."
+            )
+        return view.array
+
+    def guards(self, arrays: Sequence[tuple[str, Any, View]]) -> list[Callable[[], None]]:
+        """Nothing."""
+        return []
+
+    def allocate(self, shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
         """A new array for an output."""
         return view_of(cuda_arrays.owned_tensor(shape, dtype, self._device), writable=True)
 

@@ -149,6 +149,15 @@ def kernel_argument(view_: View) -> Any:
     return dlpack.kernel_tensor(view_.array, view_.dtype)
 
 
+def lasting(view_: View) -> Any:
+    return dlpack.lasting_tensor(memory(view_), view_.dtype)
+
+
+def guards(arrays: Sequence[tuple[str, Any, View]]) -> list[Callable[[], None]]:
+    """Nothing: what made an array good cannot change but for its memory, which is held."""
+    return []
+
+
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
     if dtype == "bfloat16":
         found = next((item.array.dtype for item in inputs if item.dtype == dtype), None)

@@ -29,7 +29,7 @@ class Operator:
 
     `forward`, `inference`, `backward`, `backward_frozen` and `backward_from_output` are there where
     the artifact holds them (`kinds`); see `Call` and its `__call__` for how each is called and
-    what it returns.
+    what it returns, and `bind` for loops on fixed arrays.
 
     It may be used from many threads at once, and in a child after a fork.
     """
@@ -105,6 +105,40 @@ class Operator:
     def call(self, kind: str, /, *args: Any, **options: Any) -> Any:
         """The same as the attribute of that name called with the rest of the arguments."""
         return self._call(kind)(*args, **options)
+
+    def bind(self, kind: str, /, *args: Any, **options: Any) -> Callable[[], Any]:
+        """The call of a kind with its arrays bound: checked here, and not again by each call.
+
+            call = op.bind("forward", x, gamma, beta, out={"y": y})
+            y, mean, inv_std = call()
+
+        Takes the arrays and the options out, want and grad_req as the call itself does (`Call`),
+        and raises here what that raises; nothing is computed. Returns a function without arguments
+        that runs the kernel on the memory of these arrays, with the values they have then, and
+        returns the same arrays each time: those of `out`, and for other outputs arrays that are
+        allocated here, once. So a call overwrites the results of the one before; what is to be
+        kept must be copied. With grad_req "add" each call adds.
+
+        - Nothing is copied: an input whose memory the kernel cannot take as it is (strided, not
+          aligned, lazily negated) is refused with ArgumentError. A plain number for momentum is
+          bound as it is.
+        - The memory is held until the function is gone, and NumPy refuses to resize it until then
+          (`resize`, also with refcheck=False). It is the memory that is bound, not the object: what
+          is done to an array later (another shape, set_ of a tensor, another value of its `data`,
+          read-only) changes nothing here.
+        - Checked by each call: in backward_from_output that gamma holds no zero (not on CUDA
+          devices); and of torch tensors that resize_ has not moved their memory, that none has come
+          to require grad, and that none is traced or has a tangent. ArgumentError where it is not
+          so, and nothing is written.
+        - CUDA kernels run on the stream that is current at each call, also while a graph is
+          captured. Arrays there are torch tensors or tvm_ffi.Tensor.
+
+        Different bound calls may run on different threads as long as no two write the same array,
+        so one of them only on one thread at a time.
+
+        SpecError if the artifact has no such kind.
+        """
+        return self._call(kind).bind(*args, **options)
 
     def self_test(self) -> tuple[SelfTestResult, ...]:
         """Run the kernels on the vectors in the artifact and compare with their float64 answers.

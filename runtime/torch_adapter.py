@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
+import tvm_ffi
 
 from normgraph.errors import ArgumentError, ArgumentTypeError
 from normgraph.runtime.adapters import View
@@ -74,7 +75,12 @@ def recording() -> bool:
 
 
 def check_recorded(tensor: Any, where: str) -> None:
-    """Raise for a tensor that torch is recording."""
+    """Raise for a tensor that torch is recording, or would have to."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            f"{where} requires grad, and a kernel call is not recorded by autograd. Pass"
+            f" tensor.detach(), or call inside torch.no_grad()."
+        )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ArgumentError(
             f"{where} has a forward-mode tangent, and a kernel call passes none on. Pass the primal"
@@ -147,13 +153,8 @@ def check_dense(array: Any, where: str) -> None:
 
 def inspect(array: Any, where: str) -> View:
     """The view of a dense tensor on the right device; raises for what no kernel can take."""
-    if array.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            f"{where} requires grad, and a kernel call is not recorded by autograd. Pass"
-            f" tensor.detach(), or call inside torch.no_grad()."
-        )
     check_recorded(array, where)
-    tensor = array.detach() if array.requires_grad else array
+    tensor = array.detach()  # which set_ and assigning to data of the other do not reach
     try:
         address = tensor.data_ptr()
     except RuntimeError as error:
@@ -196,6 +197,38 @@ def kernel_argument(view_: View) -> Any:
     return view_.array
 
 
+def lasting(view_: View) -> Any:
+    return tvm_ffi.from_dlpack(view_.array)
+
+
+def guards(arrays: Sequence[tuple[str, Any, View]]) -> list[Callable[[], None]]:
+    kind = arrays[0][0].partition(":")[0]
+    tensors = [tensor for _, tensor, _ in arrays]
+    shown = [view_.array for _, _, view_ in arrays]
+    addresses = [view_.address for _, _, view_ in arrays]
+    address_of, grad_enabled = torch.Tensor.data_ptr, torch.is_grad_enabled
+
+    def check() -> None:
+        # Memory that resize_ has moved is freed.
+        if [*map(address_of, shown)] != addresses:
+            raise ArgumentError(
+                f"{kind}: the memory of an array was resized or freed after it was bound. Bind the"
+                f" arrays anew, and do not resize them."
+            )
+        if not recording():
+            if not grad_enabled():
+                return
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    break
+            else:
+                return
+        for where, tensor, _ in arrays:
+            check_recorded(tensor, where)
+
+    return [check]
+
+
 def allocate(shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
     tensor = _empty(shape, DTYPES[dtype])
     return View(tensor, shape, dtype, None, True, 0, tensor.nbytes)
@@ -214,6 +247,4 @@ def memory(view_: View) -> AnyArray:
 
 def written(arrays: Iterable[Any]) -> None:
     """Tell autograd, so that a backward through an overwritten saved tensor fails, as in torch."""
-    for tensor in arrays:
-        if not tensor.is_inference():  # those have no version counter
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version(tuple(arrays))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from normgraph.errors import ArgumentError
@@ -14,6 +14,7 @@ from normgraph.runtime.torch_adapter import (
     DTYPES,
     aligned,
     check_dense,
+    guards,
     inspect,
     native_dtypes,
     recording,
@@ -55,6 +56,7 @@ class TorchDevice:
     """Tensors of one device, that of the first one that is looked at."""
 
     noun = "torch tensor"
+    notes_writes = True
 
     def __init__(self) -> None:
         self._device: Any = None
@@ -88,7 +90,15 @@ class TorchDevice:
         """What the kernel call takes."""
         return view.array
 
-    def allocate(self, shape: Shape, dtype: str) -> View:
+    def lasting(self, view: View) -> Any:
+        """A tensor: with it the call finds PyTorch's stream and allocator."""
+        return view.array
+
+    def guards(self, arrays: Sequence[tuple[str, Any, View]]) -> list[Callable[[], None]]:
+        """As on the CPU."""
+        return guards(arrays)
+
+    def allocate(self, shape: Shape, dtype: str, inputs: Sequence[View]) -> View:
         """A new tensor for an output."""
         tensor = torch.empty(shape, dtype=DTYPES[dtype], device=self._device)
         return View(tensor, shape, dtype, None, True, 0, tensor.nbytes, self._device.index)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import normgraph
 from normgraph.scripts.bench_overheads import overheads_of
-from normgraph.scripts.bench_peers import OURS, Peer
+from normgraph.scripts.bench_peers import OURS, OURS_BOUND, Peer
 from normgraph.scripts.bench_report import BenchReport, Row, machine
 from normgraph.scripts.bench_roster import (
     Extras,
@@ -113,7 +113,7 @@ def _bench_kind(
         if quiet > 0.0:
             wait_for_quiet(quiet)
         timings = _time(peers, rounds, seconds)
-    mine = timings[OURS, "given"].median
+    mine, mine_bound = (timings[name, "given"].median for name in (OURS, OURS_BOUND))
     limits = {peer.name: timings[peer.name, "given"].median for peer in peers if peer.limit}
     floor = next((limits[name] for name in limits if "non-temporal" in name), None)
     limit = next(iter(limits.values()), None)
@@ -125,7 +125,7 @@ def _bench_kind(
             heap,
             peer.threads,
             timing,
-            ratio=timing.median / mine,
+            ratio=timing.median / (mine_bound if peer.bound else mine),
             over_limit=timing.median / limit if limit else None,
             over_floor=timing.median / floor if floor else None,
             gigabytes_per_second=moved / timing.median / 1e9,
@@ -133,6 +133,7 @@ def _bench_kind(
             setup=peer.setup,
             limit=peer.limit,
             blocked=peer.blocked,
+            bound=peer.bound,
         )
         for peer in peers
         for heap in ("given", "warm", "cold")

@@ -1,6 +1,7 @@
 """Time small calls of an artifact in a process without TVM: `bench_call ARTIFACT SHAPE`.
 
-Prints seconds a call as JSON: inference with out= given, backward with fresh outputs.
+Prints seconds a call as JSON: inference and forward with out= given, backward with fresh outputs,
+and forward with its arrays bound.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from normgraph.scripts.bench_timing import time_small
 
 
 def costs(path: str, shape: tuple[int, ...]) -> dict[str, float]:
-    """Seconds a call by kind, for the kinds among inference and backward the artifact has."""
+    """Seconds a call by kind, for the kinds among these the artifact has."""
     operator = normgraph.load(path)
     found = {}
     if "inference" in operator.kinds:
@@ -26,6 +27,12 @@ def costs(path: str, shape: tuple[int, ...]) -> dict[str, float]:
     if "backward" in operator.kinds:
         given = arguments(operator, "backward", shape)
         found["backward"] = time_small(lambda: operator.backward(*given))
+    if "forward" in operator.kinds:
+        taken = arguments(operator, "forward", shape)
+        names = operator.signature("forward").output_names
+        into = dict(zip(names, operator.forward(*taken), strict=True))
+        found["forward"] = time_small(lambda: operator.forward(*taken, out=into))
+        found["forward, bound"] = time_small(operator.bind("forward", *taken, out=into))
     return found
 
 

@@ -26,8 +26,8 @@ class Costs:
     compile         seconds a graph, in a process that has compiled before, the self-test included
     load            seconds to check it, open it and load the library
     size            bytes of all its files; library: of the library alone
-    calls           seconds a small call by kind, serial: inference into given arrays, backward with
-                    fresh ones
+    calls           seconds a small call by kind, serial: inference and forward into given arrays,
+                    backward with fresh ones, and forward with its arrays bound
     call_shape      the shape of those calls
     memory          bytes by kind the process grows by in a call with all arrays given
     memory_shape    the shape of those

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from normgraph.scripts.bench_cases import KINDS, Case, goal_of, verdict
-from normgraph.scripts.bench_peers import DX_ALONE, OURS
+from normgraph.scripts.bench_peers import DX_ALONE, OURS, OURS_BOUND
 from normgraph.scripts.bench_report import (
     BenchReport,
     Row,
@@ -31,23 +31,28 @@ and each thread on a core of its own.
 
 - ours: one artifact for each operator, channel count and dtype, all other extents symbolic; outputs
   given (`out=`). "fresh": outputs allocated by each call, from memory the process keeps (warm) or
-  that the system hands out page by page (cold). "dx alone": `want=("dx",)`, dx given.
+  that the system hands out page by page (cold). "bound": all arrays checked beforehand
+  (`Operator.bind`), so that a call passes none. "dx alone": `want=("dx",)`, dx given.
 - copy, add: torch's `copy_` of x for forward and inference, its `add` of dy and x for backward,
   into a given array: the memory limit. "plain" and "non-temporal" are the same in C; the last
   writes past the cache, and is the least time there is once arrays exceed it.
 - torch: eager `torch.nn.functional`, backward by autograd on a forward recorded once. Its operators
   take no `out=`: outputs are fresh, warm or cold. instance_norm also as `group_norm` of one channel
   a group, which is faster there. "compiled": `torch.compile`, for this shape alone.
-- onnxruntime: "graph" is the same .onnx file, "operator" its own operator; outputs bound once.
+- onnxruntime: "graph" is the same .onnx file, "operator" its own operator; all arrays bound
+  beforehand (`io_binding`).
 - oneDNN: its own operators through the C interface, outputs given; "blocked" is nChw16c, into
   which x and dy were put beforehand. "in torch": the newer one that torch holds, outputs fresh.
 - stock TVM: the same graph for this one shape through TVM's default pipeline.
-- best peer: the fastest of these on a warm heap, given or fresh outputs, that takes the arrays row
-  by row as ours does. What oneDNN does in its blocked layout has a column of its own; it counts for
-  the goal at 14×14 and 7×7.
+- peer / ours: each peer against our call of the same sort: onnxruntime, whose arrays are bound,
+  against ours bound, every other against ours with outputs given.
+- best peer: the one with the smallest peer / ours on a warm heap, given or fresh outputs, of those
+  that take the arrays row by row as ours does. What oneDNN does in its blocked layout has a column
+  of its own; it counts for the goal at 14×14 and 7×7.
 """
 _PEERS = (
     ("ours", OURS, "given"),
+    ("ours, bound", OURS_BOUND, "given"),
     ("ours, fresh, warm", OURS, "warm"),
     ("ours, fresh, cold", OURS, "cold"),
     ("torch, warm", "torch eager", "warm"),
@@ -106,7 +111,7 @@ def read_causes(path: Path) -> Causes:
 
 def _goals(measured: Measured, causes: Causes) -> list[str]:
     heads = (
-        "operator", "shape", "kind", "ours", "best peer", "its time", "peer / ours",
+        "operator", "shape", "kind", "ours", "ours, bound", "best peer", "its time", "peer / ours",
         "blocked / ours", "goal", "ours / copy, add", "goal", "ours / non-temporal",
         "dx alone / all", "verdict", "why",
     )  # fmt: skip
@@ -129,6 +134,7 @@ def _goals(measured: Measured, causes: Causes) -> list[str]:
                     case.size,
                     kind,
                     _time(ours),
+                    _time(report.find(kind, OURS_BOUND, "given")),
                     "" if best is None else best.peer,
                     _time(best),
                     _number(peer),

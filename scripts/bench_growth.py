@@ -95,9 +95,13 @@ def _times(points: Points, limit: str) -> list[str]:
     return markdown_table(rows, heads)
 
 
+_CALLS = ("inference", "backward", "forward", "forward, bound")
+
+
 def _costs(costs: Sequence[Costs]) -> list[str]:
     heads = ("operator", "compile a graph", "load", "artifact", "its library",
-             "inference call", "backward call", "memory, forward", "memory, backward")  # fmt: skip
+             "inference call", "backward call", "forward call", "forward, bound",
+             "memory, forward", "memory, backward")  # fmt: skip
     rows = [
         (
             each.op,
@@ -105,7 +109,7 @@ def _costs(costs: Sequence[Costs]) -> list[str]:
             f"{each.load * 1e3:.1f} ms",
             _bytes(each.size),
             _bytes(each.library),
-            *(_time(each.calls.get(kind)) for kind in ("inference", "backward")),
+            *(_time(each.calls.get(kind)) for kind in _CALLS),
             *(_bytes(each.memory.get(kind)) for kind in ("forward", "backward")),
         )
         for each in costs
@@ -115,7 +119,8 @@ def _costs(costs: Sequence[Costs]) -> list[str]:
         "included, in a process that has compiled before. load: every file checked, the library "
         "opened before. Calls: "
         + ", ".join(f"{each.op} at {'×'.join(map(str, each.call_shape))}" for each in costs)
-        + ", serial; inference into a given array, backward with fresh ones. memory: by how much "
+        + ", serial; inference and forward into given arrays, backward with fresh ones, forward "
+        "also with its arrays bound. memory: by how much "
         "the process grows in a call with every array given, x of 64 MB.",
     ]
     return [*markdown_table(rows, heads), "", *notes]

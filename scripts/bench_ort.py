@@ -156,4 +156,4 @@ def _session(
         session.run_with_iobinding(binding)
         return arrays
 
-    return Peer(name, call, threads, fresh=False, coarse=coarse)
+    return Peer(name, call, threads, fresh=False, bound=True, coarse=coarse)

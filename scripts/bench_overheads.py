@@ -20,7 +20,7 @@ _SMALL, _LONE = (1, 2, 2), 4
 
 
 def overheads_of(path: Path, operator: Any) -> Overheads:
-    """Measure all four for the artifact's spec; see `Overheads`."""
+    """Measure all of them for the artifact's spec; see `Overheads`."""
     spec, dtype = operator.spec, operator.dtype
     shape = small_shape(operator.shape)
     reason = ""
@@ -33,6 +33,8 @@ def overheads_of(path: Path, operator: Any) -> Overheads:
         compile=compile_one(spec, kind, operator.shape, dtype),
         inference_call=calls.get("inference"),
         backward_call=calls.get("backward"),
+        forward_call=calls.get("forward"),
+        bound_call=calls.get("forward, bound"),
         call_shape=shape,
         reason=reason,
     )

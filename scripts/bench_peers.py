@@ -31,6 +31,7 @@ class Peer:
     """A contender: what it is called, what it runs, how many threads it may use.
 
     fresh    its outputs are allocated by each call
+    bound    its arrays were bound beforehand: a call passes none
     coarse   it may round what it keeps between its steps to x's dtype
     blocked  it has x and dy, and leaves its result, in a blocked layout
     limit    no contender but a copy or an add: there is nothing to hold against float64
@@ -42,6 +43,7 @@ class Peer:
     call: Callable[[], Outputs]
     threads: int
     fresh: bool
+    bound: bool = False
     coarse: bool = False
     blocked: bool = False
     limit: bool = False
@@ -49,7 +51,7 @@ class Peer:
     setup: float | None = None
 
 
-OURS, DX_ALONE = "normgraph", "normgraph, dx alone"
+OURS, OURS_BOUND, DX_ALONE = "normgraph", "normgraph, bound", "normgraph, dx alone"
 
 
 def ours(
@@ -78,6 +80,19 @@ def ours(
     if not places:
         places.update(named(method(*arguments)))
     return Peer(OURS, lambda: named(method(*arguments, out=places)), threads, fresh=False)
+
+
+def ours_bound(
+    operator: Any, kind: str, inputs: Mapping[str, Array], threads: int, out: dict[str, Array]
+) -> Peer:
+    """Our kernel with all arrays bound; `out` are those of `ours`."""
+    call = operator.bind(kind, *inputs.values(), out=out)
+
+    def run() -> Outputs:
+        call()
+        return out
+
+    return Peer(OURS_BOUND, run, threads, fresh=False, bound=True)
 
 
 def dx_alone(

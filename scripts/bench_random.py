@@ -3,8 +3,9 @@
 Seeded shapes of all five operators, odd sizes included, x from 4 KB to 64 MB. One artifact is built
 for each operator and channel count (or row length) drawn, every other extent left open, and serves
 all shapes that have it. Our kernel writes into given outputs; a peer that gives fresh ones has them
-from a warm heap. A row is slower when our median lies above the 80th percentile of the best peer;
-such a row is timed once more, for longer, before it counts.
+from a warm heap; one whose arrays were bound beforehand is held against ours bound. The best peer
+is the one with the worst ratio for us. A row is slower when our median lies above that peer's 80th
+percentile; such a row is timed once more, for longer, before it counts.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import normgraph
 from normgraph.errors import NormGraphError
 from normgraph.scripts.bench_document import CAUSES, read_causes
-from normgraph.scripts.bench_peers import OURS, Peer
+from normgraph.scripts.bench_peers import OURS, OURS_BOUND, Peer
 from normgraph.scripts.bench_random_report import Result, as_json, as_text, document
 from normgraph.scripts.bench_report import Row, machine
 from normgraph.scripts.bench_roster import (
@@ -89,7 +90,9 @@ def measure(
                     moved = bytes_moved(kind, scene.given)
                     with bound(count):
                         timings = contest(peers, rounds, seconds)
-                    results.append(_result(each, kind, dtype, timings, missing, moved))
+                    results.append(
+                        _result(each, kind, dtype, timings, against(peers), missing, moved)
+                    )
     return sorted(results, key=lambda result: result.number)
 
 
@@ -99,39 +102,55 @@ def _label(peer: Peer) -> str:
     return FRESH if peer.name == OURS and peer.fresh else peer.name
 
 
+def against(peers: Sequence[Peer]) -> dict[str, str]:
+    """For each rival our call of the same sort."""
+    return {
+        peer.name: OURS_BOUND if peer.bound else OURS
+        for peer in peers
+        if not peer.limit and peer.name not in (OURS, OURS_BOUND)
+    }
+
+
 def contest(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[str, Timing]:
     """A first look at everybody, then ours and those not far behind; more where ours loses."""
     calls = {_label(peer): peer.call for peer in peers}
     set_heap(warm=True)
     try:
         found = time_apart(calls, rounds=1, seconds=seconds / 2)
-        mine = found[OURS].median
-        near = {name: call for name, call in calls.items() if found[name].best < _HOPELESS * mine}
+        ours = against(peers)
+        near = {
+            name: call
+            for name, call in calls.items()
+            if found[name].best < _HOPELESS * found[ours.get(name, OURS)].median
+        }
         found |= time_apart(near, rounds=rounds, seconds=seconds)
-        best = _best(found)
-        if best is not None and found[OURS].median > found[best].high:
+        best = _best(found, ours)
+        if best is not None and found[ours[best]].median > found[best].high:
             found |= time_apart(near, rounds=3 * rounds, seconds=2 * seconds)
     finally:
         set_heap(warm=False)
     return found
 
 
-def _best(timings: dict[str, Timing]) -> str | None:
-    """The peer with the smallest median; None without peers."""
-    others = [name for name in timings if name not in (OURS, FRESH, "limit")]
-    return min(others, key=lambda name: timings[name].median, default=None)
+def _best(timings: Mapping[str, Timing], ours: Mapping[str, str]) -> str | None:
+    """The peer that is the fastest beside our call of the same sort; None without peers."""
+    return min(
+        ours, key=lambda name: timings[name].median / timings[ours[name]].median, default=None
+    )
 
 
 def _result(
     each: Draw,
     kind: str,
     dtype: str,
-    timings: dict[str, Timing],
+    timings: Mapping[str, Timing],
+    ours: Mapping[str, str],
     missing: Sequence[Row],
     moved: int,
 ) -> Result:
-    ours, best = timings[OURS], _best(timings)
-    rival = ours if best is None else timings[best]
+    best = _best(timings, ours)
+    mine = timings[OURS if best is None else ours[best]]
+    rival = mine if best is None else timings[best]
     return Result(
         number=each.number,
         op=each.spec.op,
@@ -140,16 +159,16 @@ def _result(
         shape=each.shape,
         groups=each.spec.groups,
         bytes=moved,
-        ours=ours,
+        ours=timings[OURS],
+        bound=timings[OURS_BOUND],
         fresh=timings[FRESH],
         limit=timings.get("limit"),
         best_peer=best or "",
-        ratio=ours.median / rival.median,
-        slower=ours.median > rival.high,
-        gigabytes_per_second=moved / ours.median / 1e9,
-        peers={
-            name: timing for name, timing in timings.items() if name not in (OURS, FRESH, "limit")
-        },
+        ratio=mine.median / rival.median,
+        slower=mine.median > rival.high,
+        gigabytes_per_second=moved / timings[OURS].median / 1e9,
+        peers={name: timings[name] for name in ours},
+        bound_peers=tuple(name for name in ours if ours[name] == OURS_BOUND),
         missing={row.peer: row.reason for row in missing},
     )
 

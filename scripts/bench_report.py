@@ -24,13 +24,15 @@ class Row:
     heap     "given": outputs allocated once; "warm": fresh outputs from memory kept by the process;
              "cold": fresh outputs from memory the system hands out page by page
     timing   None where the peer could not be run or was wrong; `reason` says why
-    ratio    its median over that of our kernel with given outputs: above 1 is slower than ours
+    ratio    its median over that of our call of the same sort, bound or with given outputs: above 1
+             is slower than ours
     over_limit  its median over that of the copy or the add by a library
     over_floor  the same with non-temporal stores
     detail   what ran, where the peer says so
     setup    seconds it took to compile, where it compiles
     limit    it is a copy or an add itself
     blocked  its arrays are in a blocked layout, not row by row as ours are
+    bound    its arrays were bound beforehand
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Row:
     setup: float | None = None
     limit: bool = False
     blocked: bool = False
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,16 @@ class Overheads:
     compile            one backward graph to a library in this process, imports and self-test apart
     inference_call     a call at `call_shape` with out=, serial kernel, a process without TVM
     backward_call      a call at `call_shape` with fresh outputs, the same process
+    forward_call       a call at `call_shape` with out=, the same process
+    bound_call         the same forward with its arrays bound
     """
 
     graph_build: float | None
     compile: float | None
     inference_call: float | None
     backward_call: float | None
+    forward_call: float | None
+    bound_call: float | None
     call_shape: tuple[int, ...] | None
     reason: str = ""
 
@@ -91,7 +98,7 @@ class BenchReport:
         return None
 
     def best_peer(self, kind: str, *, blocked: bool = False) -> Row | None:
-        """The row of the fastest that is neither ours nor a limit, on a warm heap; or None.
+        """The row of the smallest ratio that is neither ours nor a limit, on a warm heap; or None.
 
         `blocked`: of those in a blocked layout, else of those that take the arrays as ours do.
         """
@@ -119,8 +126,9 @@ class BenchReport:
         if self.machine["load"] > 1.0 and self.machine["nice"] > -20:
             lines += ["The machine was busy: figures and ratios are not to be trusted.", ""]
         lines += [
-            "ratio: median over that of normgraph with given outputs; / limit and / floor: over "
-            "the copy or the add, by torch and with non-temporal stores.",
+            "ratio: median over that of normgraph with given outputs, or bound where the peer is; "
+            "/ limit and / floor: over the copy or the add, by torch and with "
+            "non-temporal stores.",
             "GB/s: x read and y written (with dy read in a backward), over the median.",
         ]
         lines += [
@@ -190,6 +198,8 @@ def overhead_lines(costs: Overheads) -> list[str]:
         for name, seconds in (
             ("inference, out= given", costs.inference_call),
             ("backward, fresh outputs", costs.backward_call),
+            ("forward, out= given", costs.forward_call),
+            ("forward, bound", costs.bound_call),
         ):
             if seconds is not None:
                 lines.append(f"a call at ({size}), {name}: {seconds * 1e6:.2f} us")

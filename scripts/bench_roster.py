@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import normgraph.graphs.reference as reference
 from normgraph.scripts import bench_floor, bench_onednn, bench_ort, bench_peers, bench_torch
 from normgraph.scripts.bench_check import check, reason
-from normgraph.scripts.bench_peers import DX_ALONE, OURS, Peer
+from normgraph.scripts.bench_peers import DX_ALONE, OURS, OURS_BOUND, Peer
 from normgraph.scripts.bench_report import Row
 from normgraph.scripts.verify_inputs import Inputs, forward_names
 
@@ -87,7 +87,7 @@ def makers(scene: Scene, extras: Extras) -> list[Maker]:
     ]
     if spec.op == "instance_norm":
         found.insert(
-            3,
+            4,
             (
                 "torch eager, as group_norm",
                 lambda: bench_torch.torch_as_group_norm(spec, kind, full, threads),
@@ -95,7 +95,7 @@ def makers(scene: Scene, extras: Extras) -> list[Maker]:
         )
     if kind.startswith("backward"):
         found.insert(
-            2,
+            3,
             (DX_ALONE, lambda: bench_peers.dx_alone(operator, kind, given, own, scene.outputs)),
         )
     if extras.onednn:
@@ -133,12 +133,13 @@ def _onednn_makers(scene: Scene) -> list[Maker]:
 
 
 def own_makers(scene: Scene) -> list[Maker]:
-    """Our kernels, into given arrays and with fresh outputs."""
+    """Our kernels, into given arrays, with fresh outputs, and with all arrays bound."""
     operator, kind, given, own = scene.operator, scene.kind, scene.given, scene.own_threads
     out = scene.outputs
     return [
         (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=False, out=out)),
         (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=True)),
+        (OURS_BOUND, lambda: bench_peers.ours_bound(operator, kind, given, own, out)),
     ]
 
 
@@ -173,7 +174,7 @@ def gather(named: Sequence[Maker], scene: Scene) -> tuple[list[Peer], list[Row]]
             check(peer, scene.kind, want, scene.operator.dtype, conditions)
         except Exception as error:
             # Ours must be right to be held against anybody; what another cannot do is its own.
-            if name in (OURS, DX_ALONE):
+            if name in (OURS, OURS_BOUND, DX_ALONE):
                 raise
             missing.append(Row(scene.kind, name, "", scene.threads, reason=reason(error)))
             continue

@@ -120,6 +120,8 @@ class Bench:
         checks = {
             "a stream of one's own": self._on_a_stream,
             "captured in a CUDA graph": self._captured,
+            "bound, on a stream of one's own and captured": self._bound,
+            "an array that was bound and resized is refused": self._resized,
             "an output that is added to": self._added,
             "an input that is not compact": self._strided,
             "an array on the CPU is refused": self._refused,
@@ -162,6 +164,39 @@ class Bench:
         graph.replay()
         torch.cuda.synchronize()
         return all(torch.equal(one, two) for one, two in zip(got, run(**given), strict=True))
+
+    def _bound(self, case: Case) -> bool:
+        torch = self._torch
+        run, given = self._backward(case)
+        call = self.operator(case).bind("backward", **given)
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(20_000_000)  # whoever does not wait for this reads the old values
+            given["dy"].mul_(3.0)
+            got = call()
+        other.synchronize()
+        if not all(map(torch.equal, got, run(**given))):
+            return False
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=other):
+            call()
+        given["dy"].mul_(2.0)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        return all(map(torch.equal, got, run(**given)))
+
+    def _resized(self, case: Case) -> bool:
+        _, given = self._backward(case)
+        call = self.operator(case).bind("backward", **given)
+        call()
+        given["dy"].resize_(2 * given["dy"].numel())
+        try:
+            call()
+        except ng.errors.ArgumentError:
+            return True
+        return False
 
     def _added(self, case: Case) -> bool:
         torch = self._torch

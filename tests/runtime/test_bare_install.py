@@ -22,6 +22,7 @@ HARNESS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiong
 FILES = (
     "test_artifact.py",
     "test_bad_arrays.py",
+    "test_bind.py",
     "test_call.py",
     "test_dlpack_arrays.py",
     "test_empty.py",

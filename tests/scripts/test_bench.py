@@ -57,7 +57,18 @@ def test_peers_and_the_memory_limit_are_there(report: BenchReport) -> None:
         assert not best.blocked
         assert not best.peer.startswith("normgraph")
         assert report.find(kind, "normgraph", "warm") is not None
-        assert report.find(kind, "onnxruntime, same graph", "given") is not None
+        bound = report.find(kind, "normgraph, bound", "given")
+        assert bound is not None
+        assert bound.timing is not None
+        assert bound.ratio == 1.0
+        graph = report.find(kind, "onnxruntime, same graph", "given")
+        assert graph is not None
+        assert graph.timing is not None
+        assert graph.ratio == graph.timing.median / bound.timing.median
+        assert {row.peer.split(",")[0] for row in report.rows if row.bound} == {
+            "normgraph",
+            "onnxruntime",
+        }
         own = report.find(kind, "onnxruntime, own operator", "given")
         assert (own is None) == (kind == "backward")
         alone = report.find(kind, "normgraph, dx alone", "given")
@@ -91,6 +102,8 @@ def test_costs_beside_the_kernels(report: BenchReport) -> None:
         (costs.compile, 60.0),
         (costs.inference_call, 1e-3),
         (costs.backward_call, 1e-3),
+        (costs.forward_call, 1e-3),
+        (costs.bound_call, 1e-3),
     ):
         assert seconds is not None
         assert 0.0 < seconds < most

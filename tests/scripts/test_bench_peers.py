@@ -228,6 +228,22 @@ def test_threads_are_bound_one_a_core() -> None:
         assert not done
 
 
+@pytest.mark.parametrize("kind", ["forward", "inference", "backward"])
+def test_ours_bound_writes_the_same_arrays(kind: str, scene: Callable[..., Scene]) -> None:
+    place = scene(NormSpec("batch_norm"), kind)
+    arguments = (place.operator, kind, place.given, 2)
+    whole = bench_peers.ours(*arguments, fresh=False, out=place.outputs)
+    bound_ = bench_peers.ours_bound(*arguments, place.outputs)
+    assert (whole.bound, bound_.bound) == (False, True)
+    want = {name: value.copy() for name, value in whole.call().items()}
+    for array in place.outputs.values():
+        array.fill(np.nan)
+    assert right(bound_, place)
+    for name, value in bound_.call().items():
+        assert value is place.outputs[name]
+        np.testing.assert_array_equal(value, want[name])
+
+
 def test_dx_alone_is_written_where_the_whole_call_writes_it(
     scene: Callable[..., Scene],
 ) -> None:
