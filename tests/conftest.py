@@ -6,9 +6,10 @@ nothing is compiled.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -74,12 +75,40 @@ def repository(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel_file(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_once(name, make): the folder `name`, which make(folder) fills, once a session.
+
+    Of several workers one does, and the others wait for it. Nobody may change what it holds.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root /= "made"
+    root.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def wheel_file(repository: Path, make_once: Callable[..., Path]) -> Path:
     """The wheel of this checkout."""
-    out = tmp_path_factory.mktemp("wheel")
     script = repository / "scripts" / "build-wheel"
-    subprocess.run([script, sys.executable, out], check=True, capture_output=True)
-    (path,) = out.glob("*.whl")
+
+    def make(folder: Path) -> None:
+        subprocess.run([script, sys.executable, folder], check=True, capture_output=True)
+
+    (path,) = make_once("wheel", make).glob("*.whl")
     return path
 
 
@@ -108,14 +137,11 @@ def name_of_build() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def build_artifact(
-    tmp_path_factory: pytest.TempPathFactory,
     prebuilt: Path | None,
     name_of_build: Callable[..., str],
+    make_once: Callable[..., Path],
 ) -> Callable[..., Path]:
     """Build an artifact for this host, once for each set of arguments: see `build` for them."""
-    root = tmp_path_factory.mktemp("artifacts")
-    built: dict[str, Path] = {}
-    folders = itertools.count()  # a folder a try, so that one that failed is not met again
 
     def build(
         spec: ng.NormSpec,
@@ -126,13 +152,14 @@ def build_artifact(
         key = name_of_build(spec, shape, dtype, kinds)
         if prebuilt is not None:
             return prebuilt / key
-        if key not in built:
-            folder = root / str(next(folders))
+
+        def make(folder: Path) -> None:
             ng.graphs.export(
                 spec, shape=tuple(shape), dtype=dtype, out=folder / "graphs", kinds=kinds
             )
-            built[key] = ng.compile.build(folder / "graphs", target="cpu", out=folder / "artifact")
-        return built[key]
+            ng.compile.build(folder / "graphs", target="cpu", out=folder / "artifact")
+
+        return make_once(key, make) / "artifact"
 
     return build
 

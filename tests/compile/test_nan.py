@@ -22,7 +22,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def test_a_float32_nan_is_a_nan_in_bfloat16(
     build_operator: Callable[..., Operator], bits: int, length: int
 ) -> None:
-    op = build_operator(NormSpec("batch_norm"), ("N", 6, "L"), "bfloat16")
+    op = build_operator(NormSpec("batch_norm"), ("N", 6, "L"), "bfloat16", ("inference",))
     x = np.ones((2, 6, length), BFLOAT16)
     ones, zeros = np.ones(6, BFLOAT16), np.zeros(6, BFLOAT16)
     mean, var = np.zeros(6, np.float32), np.ones(6, np.float32)

@@ -38,6 +38,7 @@ from normgraph.compile.targets import Target
 from normgraph.runtime import cuda_arrays
 
 HERE = Path(__file__).parent
+HOST_KERNELS = "libkernels.so"
 C_TYPES = {"p": "void*", "l": "int64_t", "i": "int", "b": "bool", "f": "float", "d": "double"}
 
 Array = npt.NDArray[Any]
@@ -158,7 +159,7 @@ def compile_for_host(source: CudaSource, folder: Path) -> Path:
         )
     file = folder / "kernels.cc"
     file.write_text("\n".join(parts), encoding="utf-8")
-    library = folder / "libkernels.so"
+    library = folder / HOST_KERNELS
     flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-w", "-fpermissive", f"-I{HERE}"]
     subprocess.run(["c++", *flags, "-o", str(library), str(file)], check=True)
     return library
@@ -183,9 +184,10 @@ def plainly(compiler: FakeCompiler) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def build_plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
+def build_plain(
+    make_once: Callable[..., Path], name_of_build: Callable[..., str]
+) -> Callable[..., Built]:
     """build_plain(spec, shape, kinds, target="cuda"): a float32 artifact, built once."""
-    made: dict[object, Built] = {}
 
     def build(
         spec: ng.NormSpec,
@@ -193,16 +195,14 @@ def build_plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built
         kinds: Sequence[str] | None = None,
         target: str | Sequence[str] = "cuda",
     ) -> Built:
-        key = (spec, tuple(shape), tuple(kinds or ()), str(target))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("cuda")
+        def make(folder: Path) -> None:
             ng.graphs.export(
                 spec, shape=tuple(shape), dtype="float32", out=folder / "graphs", kinds=kinds
             )
             compiler = FakeCompiler()
             with plainly(compiler):
-                path = ng.compile.build(folder / "graphs", target=target, out=folder / "artifact",
-                                       cache=False)  # fmt: skip
+                ng.compile.build(folder / "graphs", target=target, out=folder / "artifact",
+                                 cache=False)  # fmt: skip
             dump = pipeline.Dump(None)
             functions = {}
             for file in sorted((folder / "graphs").glob("*.onnx")):
@@ -212,8 +212,12 @@ def build_plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built
                     ).func
             source = cuda_codegen.cuda_source(functions, resolve("cuda"))
             assert source.text == compiler.texts[0]
-            made[key] = Built(path, compile_for_host(source, folder))
-        return made[key]
+            compile_for_host(source, folder)
+
+        targets = "-".join([target] if isinstance(target, str) else target)
+        name = f"plain-{targets}-{name_of_build(spec, shape, 'float32', kinds)}"
+        folder = make_once(name, make)
+        return Built(folder / "artifact", folder / HOST_KERNELS)
 
     return build
 

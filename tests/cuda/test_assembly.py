@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +16,13 @@ Images = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def images() -> Images:
+def images(make_once: Callable[..., Path], name_of_build: Callable[..., str]) -> Images:
     """images(spec, shape, dtype, target="cuda"): a forward and a backward by NVRTC; made once."""
-    made: dict[object, dict[str, Any]] = {}
 
     def make(
         spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str, name: str = "cuda"
     ) -> dict[str, Any]:
-        key = (spec, shape, dtype, name)
-        if key not in made:
+        def compile_into(folder: Path) -> None:
             target, dump = resolve(name), pipeline.Dump(None)
             functions = {}
             for kind in ("forward", "backward"):
@@ -33,8 +33,12 @@ def images() -> Images:
             text = cuda_codegen.cuda_source(functions, target).text
             nvrtc = cuda_compilers.nvrtc()
             assert nvrtc is not None
-            made[key] = {arch: nvrtc.compile(text, arch) for arch in target.images}
-        return made[key]
+            made = {arch: nvrtc.compile(text, arch) for arch in target.images}
+            (folder / "images").write_bytes(pickle.dumps(made))
+
+        folder = make_once(f"images-{name}-{name_of_build(spec, shape, dtype)}", compile_into)
+        found: dict[str, Any] = pickle.loads((folder / "images").read_bytes())
+        return found
 
     return make
 

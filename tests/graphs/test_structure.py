@@ -173,9 +173,9 @@ def test_a_build_takes_milliseconds() -> None:
     spec = NormSpec("batch_norm", momentum=None, correction=1)
     times = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.thread_time()  # whatever else the machine does
         graphs.build(spec, "forward", ("N", 64, "H", "W"), "float16")
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert sorted(times)[len(times) // 2] < 0.010
 
 
@@ -189,7 +189,7 @@ def test_a_build_takes_milliseconds() -> None:
         " 'N', 6, 'H', 'W', ",
         ("N", np.int64(6), "H", "W"),
         ("N", "6", "H", "W"),
-        (d for d in ("N", 6, "H", "W")),
+        pytest.param((d for d in ("N", 6, "H", "W")), id="a generator"),
     ],
     ids=repr,
 )

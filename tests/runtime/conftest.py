@@ -273,10 +273,9 @@ def _named(root: Path, stem: str, suffix: str, content: bytes) -> Path:
     return file
 
 
-def write_artifact(root: Path, dtype: str) -> Path:
+def write_artifact(root: Path, dtype: str) -> None:
     import tvm  # by need: where it is missing, artifacts are prebuilt
 
-    root.mkdir()
     functions = kernels(dtype)
     module = tvm.IRModule(
         {kind: function.with_attr("global_symbol", kind) for kind, function in functions.items()}
@@ -340,7 +339,6 @@ def write_artifact(root: Path, dtype: str) -> Path:
     }
     manifest["digest"] = manifest_digest(manifest)
     (root / "manifest.json").write_text(json.dumps(manifest))
-    return root
 
 
 @dataclass(frozen=True)
@@ -354,13 +352,13 @@ class Toy:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory, prebuilt: Path | None) -> Toy:
-    root = tmp_path_factory.mktemp("toy") if prebuilt is None else prebuilt / "toy"
+def toy(make_once: Callable[..., Path], prebuilt: Path | None) -> Toy:
     operators: dict[str, Operator] = {}
 
     def artifact(dtype: str = "float32") -> Path:
-        path = root / dtype
-        return path if path.exists() else write_artifact(path, dtype)
+        if prebuilt is not None:
+            return prebuilt / "toy" / dtype
+        return make_once(f"toy-{dtype}", lambda folder: write_artifact(folder, dtype))
 
     def operator(dtype: str = "float32") -> Operator:
         return operators.get(dtype) or operators.setdefault(dtype, load(artifact(dtype)))

@@ -174,10 +174,13 @@ class Artifact:
 
 @pytest.fixture(scope="session")
 def build_emulated(
-    emulator: Any, launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    emulator: Any,
+    launch: Callable[..., Any],
+    make_once: Callable[..., Path],
+    name_of_build: Callable[..., str],
 ) -> Callable[..., Artifact]:
     """build_emulated(spec, shape, dtype="float32", kinds=None): an artifact, built once."""
-    made: dict[object, Artifact] = {}
+    made: dict[str, Artifact] = {}
     device = Device(emulator, launch)
 
     def build(
@@ -186,19 +189,21 @@ def build_emulated(
         dtype: str = "float32",
         kinds: Sequence[str] | None = None,
     ) -> Artifact:
-        key = (spec, tuple(shape), dtype, None if kinds is None else tuple(kinds))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("emulated")
+        def make(folder: Path) -> None:
             graphs = folder / "graphs"
             ng.graphs.export(spec, shape=tuple(shape), dtype=dtype, out=graphs, kinds=kinds)
             compiler = EmulatedCompiler(emulator)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cuda_compilers, "find", lambda: compiler)
-                path = ng.compile.build(
-                    graphs, target=TARGET, out=folder / "artifact", self_test=False
-                )
-            made[key] = Artifact(path, spec, emulator.compile(compiler.text), device)
-        return made[key]
+                ng.compile.build(graphs, target=TARGET, out=folder / "artifact", self_test=False)
+            (folder / "kernels.cu").write_text(compiler.text, encoding="utf-8")
+
+        name = f"emulated-{name_of_build(spec, shape, dtype, kinds)}"
+        if name not in made:
+            folder = make_once(name, make)
+            program = emulator.compile((folder / "kernels.cu").read_text(encoding="utf-8"))
+            made[name] = Artifact(folder / "artifact", spec, program, device)
+        return made[name]
 
     return build
 

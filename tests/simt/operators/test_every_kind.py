@@ -124,14 +124,17 @@ LENGTHS = {
 }
 
 
-# Half types at those of each way alone; between them there is no difference but the type.
+# Half types at those of each way alone, in turns: between them there is no difference but the type.
+HALF_LENGTHS = {"float16": (37, 4096), "bfloat16": (1371, 32776)}
+
+
 @pytest.mark.parametrize(
     ("length", "dtype"),
     [
         (length, dtype)
         for length in LENGTHS
         for dtype in DTYPES
-        if dtype == "float32" or length in (37, 1371, 4096, 32776)
+        if length in HALF_LENGTHS.get(dtype, LENGTHS)
     ],
 )
 @pytest.mark.parametrize(
