@@ -65,13 +65,15 @@ def writable(array: Any, dtype: Any, shape: Shape, others: Sequence[Any], owned:
 
 
 def owner_count(arrays: Iterable[Any]) -> int:
-    """How many pieces of memory these arrays have, where each has all of its piece; else 0."""
+    """How many pieces of memory these arrays lie in, of their own or of the pool; else 0."""
     owners = set()
     for array in arrays:
         if array.flags.num & OWNS:
             owners.add(id(array))
         else:
             base = array.base
+            if base.__class__ is ndarray:  # what the pool gives for bfloat16 is a view
+                base = base.base
             if base.__class__ is not Lease:
                 return 0
             owners.add(id(base))

@@ -14,6 +14,7 @@ import tvm_ffi
 import normgraph as ng
 from normgraph.errors import ArgumentError
 from normgraph.runtime import OutputPool
+from normgraph.runtime.call import Call
 
 LENGTH = 20000  # of the toy's x, (2, 3, LENGTH): 480 KB in float32, 240 KB in float16
 
@@ -76,6 +77,37 @@ def test_bfloat16_arrays(toy: Any, pool: OutputPool) -> None:
         np.testing.assert_array_equal(y.astype(np.float64), answer)
         del y
         assert pool.stats().in_use == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_outputs_given_to_the_next_call(
+    toy: Any, pool: OutputPool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are known to share no memory, so they cost no more than arrays of their own."""
+    if dtype == "bfloat16":
+        native = pytest.importorskip("ml_dtypes").bfloat16
+    else:
+        native = np.float32
+    op = toy.operator(dtype)
+    inputs = toy.inputs("backward", length=LENGTH, dtype=native)
+    given = op.backward(*inputs)._asdict()
+    assert not given["dx"].flags.owndata
+    with monkeypatch.context() as patch:
+        patch.setattr(Call, "_full", None)
+        found = op.backward(*inputs, out=given)
+    assert found.dx is given["dx"]
+    answers = toy.outputs("backward", inputs)
+    np.testing.assert_array_equal(found.dx.astype(np.float64), answers["dx"])
+    # Parts of one piece are another matter.
+    pooled = pool.empty((2, *found.dx.shape), found.dx.dtype)
+    pooled[0] = inputs[0]
+    op.backward(pooled[0], *inputs[1:], out={"dx": pooled[1]})
+    np.testing.assert_array_equal(pooled[1].astype(np.float64), answers["dx"])
+    with pytest.raises(ArgumentError, match="memory"):
+        op.backward(pooled[0], *inputs[1:], out={"dx": pooled[0]})
+    with pytest.raises(ArgumentError, match="memory"):
+        flat = pooled.reshape(-1)[1 : found.dx.size + 1].reshape(found.dx.shape)
+        op.backward(pooled[0], *inputs[1:], out={"dx": flat})
 
 
 def test_other_dlpack_arrays(toy: Any, op: Any, pool: OutputPool) -> None:
