@@ -10,10 +10,14 @@ traversals. Any number s near the mean serves as well to centre on, for with d =
 exactly (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", section 3).
 s is the mean of a sample: of each row the first 1/16, or at least a vector, or, where slices are
 read in columns, of 1/16 of the rows; and 0 where that is not finite, so that the mean of data with
-infinities is that of the plain sum. The last line cancels where d^2 is much larger than the
-variance, and it cannot be: with a sample of m/16 elements the slice has d^2 <= 16 var, whatever the
-data, so at worst 17 times the rounding of the two-pass sum is left, and for a sample drawn by
-chance next to nothing is lost.
+infinities is that of the plain sum. For half types it is rounded to theirs, or 0 where the sample
+lies around that, which makes x - s exact: else all elements of a binade would be off by the same,
+and the mean with them.
+
+The last line cancels where d^2 is much larger than the variance, and it cannot be: with a sample of
+m/16 elements the slice has d^2 <= 16 var, whatever the data (48 var for half types), so at
+worst 17 (49) times the rounding of the two-pass sum is left, and for a sample drawn by chance next
+to nothing is lost.
 
 The sum that leaves the rounding of the mean, sum(x - mean), stays what it is in the graph, and all
 that follows from it.
@@ -22,9 +26,11 @@ that follows from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 
+from normgraph.compile.half_types import HALF_TYPES, narrow, widen
 from normgraph.compile.slice_plan import Pass, Sample, SlicePlan, Step
 from normgraph.compile.tensor_program import (
     Apply,
@@ -107,6 +113,12 @@ def _rewrite(plan: SlicePlan, k: int, found: Match) -> None:
     shift = plan.slice_value("shift", dtype)
     sample_mean = Apply(tirx.Div, (Load(sampled.op.out), Scalar(tirx.Cast(dtype, count))))
     sample_mean = Apply(_finite_or_zero, (sample_mean,))
+    samples = [sampled]
+    data = next(iter(loads(x))).dtype
+    if data in HALF_TYPES:
+        samples.append(wide("sample_squares", Apply(tirx.Mul, (x, x)), found.total, sample))
+        square = Apply(tirx.Div, (Load(samples[1].op.out), Scalar(tirx.Cast(dtype, count))))
+        sample_mean = Apply(partial(_of_few_digits, data), (sample_mean, square))
     around = Apply(tirx.Sub, (x, Load(shift)))
     centred = wide("shifted", around, found.centred)
     squares = wide("shifted_squares", Apply(tirx.Mul, (around, around)), found.squares)
@@ -126,7 +138,7 @@ def _rewrite(plan: SlicePlan, k: int, found: Match) -> None:
         ),
     ]
     others = [step for step in first.after if step is not found.mean]
-    plan.passes[k] = Pass([sampled], [narrow(shift, sample_mean)])
+    plan.passes[k] = Pass(samples, [narrow(shift, sample_mean)])
     plan.passes[k + 1] = Pass([centred, squares], [*after, *others, *second.after])
     del plan.per_slice[found.total.op.out]
 
@@ -152,6 +164,12 @@ def _finite_or_zero(value: Expr) -> Expr:
     largest = tirx.max_value(str(value.ty.dtype))
     finite = tirx.LE(tirx.abs(value), largest)
     return tirx.Select(finite, value, zero(str(value.ty.dtype)))
+
+
+def _of_few_digits(data: str, mean: Expr, square: Expr) -> Expr:
+    """A mean rounded to a half type, or 0 where it is small beside the root of the mean square."""
+    small = tirx.LE(tirx.Mul(tirx.Mul(mean, mean), tirx.FloatImm("float32", 4.0)), square)
+    return tirx.Select(small, zero("float32"), widen(narrow(data, mean)))
 
 
 def _is(value: Node, tensor: Tensor) -> bool:

@@ -87,10 +87,10 @@ def _write_folded(f: Frame) -> None:
 
 
 def _write_running(f: Frame, squares: str, count: Count) -> None:
-    """new = old + rate * (batch - old); batch is the mean over n of the slices' statistics.
+    """new = old * keep + batch * rate; batch is the mean over n of the slices' statistics.
 
-    The torch convention takes the variance over m - 1, at least 1, the others over m. On an
-    empty x the rate is 0.
+    Not old + rate * (batch - old), which cancels where rate is near 1. The torch convention takes
+    the variance over m - 1, at least 1, the others over m. An empty x changes nothing.
     """
     g, layout = f.g, f.layout
     unbiased = f.spec.convention == "torch"
@@ -101,22 +101,26 @@ def _write_running(f: Frame, squares: str, count: Count) -> None:
         n = f.batch_size(mean)
         mean = g.Div("mean_over_n", f.sum("mean_sum", mean, rest), n)
         var = g.Div("var_over_n", f.sum("var_sum", var, rest), n)
-    rate = _rate(f, weights_new=unbiased)
+    keep, rate = _weights(f, weights_new=unbiased)
     for name, batch in (("running_mean", mean), ("running_var", var)):
-        old = f.load(name)
-        step = g.Mul(f"{name}_step", g.Sub(f"{name}_change", batch, old), rate)
-        g.Add(f.result(f"new_{name}"), old, step)
+        kept = g.Mul(f"{name}_kept", f.load(name), keep)
+        g.Add(f.result(f"new_{name}"), kept, g.Mul(f"{name}_added", batch, rate))
 
 
-def _rate(f: Frame, *, weights_new: bool) -> Operand:
-    """The weight of the new value: momentum, or 1 - momentum; 0 for an empty x."""
-    g, rate = f.g, f.spec.momentum
-    weight: Operand
-    if rate is None:
-        momentum = f.load("momentum")
-        weight = momentum if weights_new else g.Sub("rate", 1.0, momentum)
+def _weights(f: Frame, *, weights_new: bool) -> tuple[Operand, Operand]:
+    """The weights of the old value and of the new: momentum is one of them, or x is empty: 1, 0."""
+    g = f.g
+    given: Operand
+    other: Operand
+    if f.spec.momentum is None:
+        given = f.load("momentum")
+        other = g.Sub("one_less_momentum", 1.0, given)
     else:
-        weight = float(rate) if weights_new else 1.0 - float(rate)
+        given = float(f.spec.momentum)
+        other = 1.0 - given
+    keep, rate = (other, given) if weights_new else (given, other)
     if not f.layout.may_be_empty:
-        return weight
-    return g.Mul("rate_if_any", f.any_element(), weight)
+        return keep, rate
+    some = f.any_element()
+    kept = g.Mul("keep_if_any", some, keep)
+    return g.Add("keep", kept, g.Sub("none", 1.0, some)), g.Mul("rate_if_any", some, rate)

@@ -156,12 +156,13 @@ def _forward(
         del made["delta"], made["mean"]
     if running_mean is not None and running_var is not None:
         given = np.asarray(spec.momentum if momentum is None else momentum, np.float64)
-        rate = given if spec.convention == "torch" else 1 - given
-        rate = rate * bool(x.size)
+        keep, rate = (1 - given, given) if spec.convention == "torch" else (given, 1 - given)
+        if not x.size:
+            keep, rate = np.ones(()), np.zeros(())
         over = max(space.m - 1, 1) if spec.convention == "torch" else max(space.m, 1)
         batch_mean, batch_var = map(space.mean_over_batch, (mean, squares / over))
-        made["new_running_mean"] = running_mean + rate * (batch_mean - running_mean)
-        made["new_running_var"] = running_var + rate * (batch_var - running_var)
+        made["new_running_mean"] = keep * running_mean + rate * batch_mean
+        made["new_running_var"] = keep * running_var + rate * batch_var
     return made
 
 

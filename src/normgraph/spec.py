@@ -63,7 +63,8 @@ class NormSpec:
             True for batch_norm, False for instance_norm, not an option of the others.
         momentum: None makes it a scalar input of the forward graph; left out (or NaN), it is
             the default of the convention.
-        convention: "torch": new = old + momentum * (batch - old), variance over m - 1, 0.1.
+        convention: "torch": new = old * (1 - momentum) + batch * momentum, variance over m - 1,
+            0.1.
             "onnx", "mxnet": new = old * momentum + batch * (1 - momentum), variance over m, 0.9.
         param_dtype: the type of gamma, beta and their gradients; None is x's.
 

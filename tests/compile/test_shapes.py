@@ -203,6 +203,11 @@ def test_momentum_given_at_the_call(
         given["momentum"] = np.asarray(momentum, np.float32)
         want = reference.run(operator.spec, "forward", given)
         _close(operator.forward(*given.values()), want, "float32", sizes)
+    given["x"] = x * np.float32(1e-5)  # beside a running variance of 1
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    var = given["x"].astype(np.float64).var(axis=axes, ddof=1)
+    found = operator.forward(*given.values())
+    np.testing.assert_allclose(found.new_running_var, var, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -68,6 +69,26 @@ def test_a_constant_slice_has_no_variance(op: str, build_operator: Callable[...,
     for constant in (0.0, 3.5, 1e6, -1e-3):
         x = np.full((2, 4, 8, 64), constant, np.float32)
         _check(operator, spec, x, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_the_mean_of_half_types(op: str, dtype: str, build_operator: Callable[..., Any]) -> None:
+    """Elements of few digits: a centre of more would round all of them the same way."""
+    spec = NormSpec(op)
+    operator = build_operator(spec, OPS[op], dtype, kinds=("forward",))
+    native = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    rng = np.random.default_rng(4)
+    for shape, centre in (((4, 4, 224, 224), 0.0), ((4, 4, 224, 224), 0.3), ((8, 4, 40, 40), 7.0)):
+        x = (rng.standard_normal(shape) + centre).astype(native)
+        parameters = [np.ones(4, native)] * 2
+        if spec.track_running_stats:
+            parameters += [np.ones(4, np.float32)] * 2
+        found = operator.forward(x, *parameters)
+        axes = (0, 2, 3) if op == "batch_norm" else (2, 3)
+        want = x.astype(np.float64).mean(axis=axes, keepdims=True)
+        error = np.max(np.abs(found.mean.reshape(want.shape) - want))
+        assert error <= max(2e-9, 1.5e-7 * centre), (shape, error)
 
 
 def test_matrices_sample_rows(build_operator: Callable[..., Any]) -> None:

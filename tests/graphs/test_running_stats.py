@@ -51,6 +51,23 @@ def test_torch_convention(run_onnx: Any, op: str, momentum: float, correction: i
     np.testing.assert_allclose(got["new_running_var"], var.numpy(), atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("convention", "momentum"), [("torch", 1.0), ("onnx", 0.0), ("mxnet", 0.0)]
+)
+def test_all_of_the_new_value(run_onnx: Any, convention: str, momentum: float) -> None:
+    """A first batch replaces what was there, however small it is beside that."""
+    spec = NormSpec("batch_norm", convention=convention, momentum=momentum)
+    model = graphs.build(spec, "forward", NAMES, "float32")
+    given = {k: v.astype(np.float32) for k, v in made_inputs().items()}
+    given["x"] = ((given["x"] - 1.0) * np.float32(1e-5)).astype(np.float32)
+    inputs = {i.name: given[i.name] for i in model.graph.input}
+    got = run_onnx(model, inputs)
+    x = given["x"].astype(np.float64)
+    var = x.var(axis=(0, 2, 3), ddof=int(convention == "torch"))
+    np.testing.assert_allclose(got["new_running_var"], var, rtol=1e-5)
+    np.testing.assert_allclose(got["new_running_mean"], x.mean(axis=(0, 2, 3)), atol=1e-11)
+
+
 def test_torch_saves_the_same_statistics(run_onnx: Any) -> None:
     """native_batch_norm saves the mean and 1 / sqrt(biased variance + eps), as forward does."""
     torch = pytest.importorskip("torch")
