@@ -6,19 +6,24 @@ and forward with its arrays bound.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import normgraph
+from normgraph.errors import ArgumentError, NormGraphError
+from normgraph.scripts.argument_types import numeric_shape, path
 from normgraph.scripts.bench_timing import time_small
+from normgraph.scripts.console import log
 
 
-def costs(path: str, shape: tuple[int, ...]) -> dict[str, float]:
+def costs(artifact: Path, shape: tuple[int, ...]) -> dict[str, float]:
     """Seconds a call by kind, for the kinds among these the artifact has."""
-    operator = normgraph.load(path)
+    operator = normgraph.load(artifact)
     found = {}
     if "inference" in operator.kinds:
         taken = arguments(operator, "inference", shape)
@@ -37,7 +42,16 @@ def costs(path: str, shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def arguments(operator: Any, kind: str, shape: tuple[int, ...]) -> list[Any]:
-    """Arrays of ones of the right shapes; bfloat16 is not timed here."""
+    """Arrays of ones of the right shapes; bfloat16 is not timed here.
+
+    Raises ArgumentError where the artifact does not take the shape.
+    """
+    if len(shape) != len(operator.shape) or any(
+        isinstance(dim, int) and dim != size
+        for dim, size in zip(operator.shape, shape, strict=True)
+    ):
+        wanted, came = (",".join(map(str, each)) for each in (operator.shape, shape))
+        raise ArgumentError(f"expected a shape that fits {wanted}, got {came}. Give another one")
     bound = {
         dim: size for dim, size in zip(operator.shape, shape, strict=True) if isinstance(dim, str)
     }
@@ -47,6 +61,20 @@ def arguments(operator: Any, kind: str, shape: tuple[int, ...]) -> list[Any]:
     ]
 
 
+def main() -> int:
+    """Time, and print the JSON."""
+    parser = argparse.ArgumentParser(prog="bench_call", description=__doc__.partition("\n")[0])
+    parser.add_argument("artifact", type=path, metavar="ARTIFACT")
+    parser.add_argument("shape", type=numeric_shape, metavar="SHAPE", help="of x: 1,2,2,2")
+    options = parser.parse_args()
+    try:
+        found = costs(options.artifact, options.shape)
+    except NormGraphError as error:
+        log(f"error: {error}")
+        return error.exit_code
+    print(json.dumps(found))
+    return 0
+
+
 if __name__ == "__main__":
-    sizes = tuple(int(size) for size in sys.argv[2].split(","))
-    print(json.dumps(costs(sys.argv[1], sizes)))
+    sys.exit(main())

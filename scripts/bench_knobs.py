@@ -25,11 +25,13 @@ from normgraph import NormSpec
 from normgraph.compile.knobs import knobs, tried
 from normgraph.errors import NormGraphError
 from normgraph.scripts import bench_peers
+from normgraph.scripts.argument_types import names_of, path, seconds, whole
 from normgraph.scripts.bench_report import machine, machine_line, markdown_table
 from normgraph.scripts.bench_sweep import Batch
 from normgraph.scripts.bench_threads import bound, cores, prepare
 from normgraph.scripts.bench_timing import Timing, set_heap, time_apart
 from normgraph.scripts.console import Progress, log
+from normgraph.scripts.outputs import check_outputs, write
 from normgraph.scripts.verify import versions
 
 KINDS = ("forward", "backward")
@@ -205,17 +207,19 @@ Values that took less than {_BETTER} of the time of the rule's own: {what}.
 def main() -> int:
     """Measure and write the document and its data."""
     parser = argparse.ArgumentParser(prog="bench_knobs", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=DOCUMENT, metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=0.01, help="a value and round")
-    parser.add_argument("--knobs", metavar="run_bytes,...", help="these alone")
+    parser.add_argument("--out", type=path, default=DOCUMENT, metavar="FILE")
+    parser.add_argument("--rounds", type=whole(1), default=24)
+    parser.add_argument("--seconds", type=seconds, default=0.01, help="a value and round")
+    known = tuple(dict.fromkeys(each.knob for each in TRIALS))
+    parser.add_argument(
+        "--knobs", type=names_of(known), default=known, metavar="run_bytes,...", help="these alone"
+    )
     options = parser.parse_args()
-    names = options.knobs.split(",") if options.knobs else [each.knob for each in TRIALS]
-    trials = [each for each in TRIALS if each.knob in names]
-    if not set(names) <= {each.knob for each in TRIALS}:
-        parser.error(f"--knobs: expected names of {', '.join(asdict(knobs()))}; got {names}")
+    trials = [each for each in TRIALS if each.knob in options.knobs]
+    numbers = options.out.with_suffix(".json")
     about = machine()
     try:
+        check_outputs(options.out, numbers)
         results = measure(
             trials, rounds=options.rounds, seconds=options.seconds, progress=Progress()
         )
@@ -223,11 +227,11 @@ def main() -> int:
         log(f"error: {error}")
         return error.exit_code
     command = " ".join(["python -m normgraph.scripts.bench_knobs", *sys.argv[1:]])
-    options.out.write_text(document(results, command, about))
     data = {"machine": about, "results": [asdict(each) for each in results]}
-    options.out.with_suffix(".json").write_text(json.dumps(data, indent=1))
+    code = write(numbers, json.dumps(data, indent=1))
+    code = max(code, write(options.out, document(results, command, about)))
     print(options.out)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

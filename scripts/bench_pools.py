@@ -30,6 +30,7 @@ from normgraph import NormSpec
 from normgraph.compile import graph_files, link, pipeline
 from normgraph.compile.targets import Target, resolve
 from normgraph.errors import AccuracyError, NormGraphError
+from normgraph.scripts.argument_types import seconds, whole
 from normgraph.scripts.bench_report import machine, machine_line, markdown_table
 from normgraph.scripts.bench_sweep import Batch
 from normgraph.scripts.bench_threads import cores, prepare
@@ -283,9 +284,9 @@ def _size(size: int) -> str:
 def main() -> int:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(prog="bench_pools", description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.04, help="a pool and round")
+    parser.add_argument("--threads", type=whole(1, cores()), help="default: all cores")
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--seconds", type=seconds, default=0.04, help="a pool and round")
     options = parser.parse_args()
     about = machine()
     threads = prepare(options.threads or cores())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import normgraph
 from normgraph.errors import NormGraphError
+from normgraph.scripts.argument_types import names_of, path, seconds, whole, wholes
 from normgraph.scripts.bench_document import CAUSES, read_causes
 from normgraph.scripts.bench_peers import OURS, OURS_BOUND, Peer
 from normgraph.scripts.bench_random_report import Result, as_json, as_text, document
@@ -33,6 +34,7 @@ from normgraph.scripts.bench_shapes import Draw, draw
 from normgraph.scripts.bench_threads import bound, cores, prepare
 from normgraph.scripts.bench_timing import Timing, set_heap, time_apart
 from normgraph.scripts.console import Progress, log
+from normgraph.scripts.outputs import check_outputs, write
 from normgraph.scripts.verify_inputs import Case, Inputs
 from normgraph.spec import DTYPES, OPERATORS
 
@@ -176,33 +178,51 @@ def _result(
 def main() -> int:
     """Measure, print the rows that are slower, and write all as JSON."""
     parser = argparse.ArgumentParser(prog="bench_random", description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=200, help="how many shapes are drawn (200)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the document there")
-    parser.add_argument("--only", metavar="3,17", help="of the draw, these numbers alone")
-    parser.add_argument("--ops", default=",".join(OPERATORS), metavar="batch_norm,...")
-    parser.add_argument("--kinds", default="forward,backward", help=f"out of {', '.join(KINDS)}")
+    parser.add_argument(
+        "--count", type=whole(1), default=200, help="how many shapes are drawn (200)"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--json", type=path, metavar="FILE", help="write all rows there")
+    parser.add_argument("--out", type=path, metavar="FILE", help="write the document there")
+    parser.add_argument(
+        "--only", type=wholes(0), metavar="3,17", help="of the draw, these numbers alone"
+    )
+    parser.add_argument(
+        "--ops", type=names_of(OPERATORS), default=OPERATORS, metavar="batch_norm,..."
+    )
+    parser.add_argument(
+        "--kinds",
+        type=names_of(KINDS),
+        default=("forward", "backward"),
+        metavar="forward,...",
+        help=f"out of {', '.join(KINDS)}",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.008, help="a peer and round")
+    parser.add_argument("--threads", type=whole(1, cores()), help="default: all cores")
+    parser.add_argument("--rounds", type=whole(1), default=3)
+    parser.add_argument("--seconds", type=seconds, default=0.008, help="a peer and round")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too: slow")
     parser.add_argument("--all", action="store_true", help="print every row")
     options = parser.parse_args()
-    kinds, ops = options.kinds.split(","), options.ops.split(",")
-    for name, known in [(kind, KINDS) for kind in kinds] + [(op, OPERATORS) for op in ops]:
-        if name not in known:
-            parser.error(f"expected names out of {', '.join(known)}; got {name!r}")
-    draws = [each for each in draw(options.count, options.seed) if each.spec.op in ops]
-    if options.only:
-        chosen = {int(number) for number in options.only.split(",")}
-        draws = [each for each in draws if each.number in chosen]
+    only = options.only or range(options.count)
+    if max(only) >= options.count:
+        parser.error(
+            f"argument --only: expected numbers below --count, {options.count}; got {max(only)}"
+        )
+    draws = [
+        each
+        for each in draw(options.count, options.seed)
+        if each.spec.op in options.ops and each.number in only
+    ]
+    if not draws:
+        parser.error("no shape is left: see --count, --only and --ops")
     before = machine()
     try:
+        check_outputs(options.json, options.out)
+        causes = read_causes(options.out.parent / CAUSES) if options.out else {}
         results = measure(
             draws,
-            kinds=kinds,
+            kinds=options.kinds,
             dtype=options.dtype,
             threads=options.threads,
             rounds=options.rounds,
@@ -215,14 +235,14 @@ def main() -> int:
         return error.exit_code
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "out")}
     settings["artifacts"] = "one for each operator and channel count, other extents symbolic"
+    code = 0
     if options.json:
-        options.json.write_text(as_json(results, settings, before))
+        code = write(options.json, as_json(results, settings, before))
     if options.out:
         command = " ".join(["python -m normgraph.scripts.bench_random", *sys.argv[1:]])
-        causes = read_causes(options.out.parent / CAUSES)
-        options.out.write_text(document(results, command, before, causes))
+        code = max(code, write(options.out, document(results, command, before, causes)))
     print(as_text(results, options.all))
-    return 0
+    return code
 
 
 if __name__ == "__main__":

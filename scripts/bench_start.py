@@ -15,10 +15,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import normgraph
 from normgraph.errors import ArtifactError, NormGraphError
+from normgraph.scripts.argument_types import path, whole
 from normgraph.scripts.bench_overheads import small_shape
 from normgraph.scripts.console import log, table
 
@@ -105,8 +105,8 @@ def report(starts: Sequence[Start]) -> str:
 def main() -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="bench_start", description=__doc__.partition("\n")[0])
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("artifact", type=path)
+    parser.add_argument("--runs", type=whole(1), default=9)
     options = parser.parse_args()
     try:
         sizes = sizes_of(normgraph.load(options.artifact).shape)

@@ -30,6 +30,7 @@ import normgraph.graphs.reference as reference
 from normgraph import NormSpec
 from normgraph.errors import AccuracyError, NormGraphError
 from normgraph.scripts import bench_floor, bench_peers, bench_torch
+from normgraph.scripts.argument_types import names_of, path, seconds, whole, wholes
 from normgraph.scripts.bench_check import as_numpy, reason, worst_outside
 from normgraph.scripts.bench_costs import Costs, costs_of
 from normgraph.scripts.bench_growth import document, draw
@@ -38,6 +39,7 @@ from normgraph.scripts.bench_report import machine
 from normgraph.scripts.bench_threads import bound, cores, prepare
 from normgraph.scripts.bench_timing import set_heap, time_apart
 from normgraph.scripts.console import Progress, log
+from normgraph.scripts.outputs import check_outputs, write
 from normgraph.scripts.verify_inputs import Case, Inputs, forward_names
 from normgraph.scripts.verify_tolerance import relative, scale_of
 
@@ -236,7 +238,7 @@ def _in_process(threads: int, options: argparse.Namespace, progress: Progress) -
         command = [sys.executable, "-m", "normgraph.scripts.bench_sweep", "--points", str(out)]
         command += ["--threads", str(threads), "--largest", str(options.largest)]
         command += ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
-        command += ["--ops", options.ops] if options.ops else []
+        command += ["--ops", ",".join(options.ops)]
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "TVM_NUM_THREADS": count}
         subprocess.run(command, check=True, env=environment)
@@ -248,26 +250,28 @@ def _in_process(threads: int, options: argparse.Namespace, progress: Progress) -
 def main() -> int:
     """Measure and write the document, the plots and the JSON."""
     parser = argparse.ArgumentParser(prog="bench_sweep", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/growth.md"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every point, for a program")
-    parser.add_argument("--threads", metavar="1,2", help="default: 1 and all cores")
-    parser.add_argument("--largest", type=int, default=LARGEST, metavar="BYTES")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.02, help="a contender and round")
-    parser.add_argument("--ops", metavar="batch_norm,...", help="these operators alone")
-    parser.add_argument("--points", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=path, default=Path("docs/benchmarks/growth.md"))
+    parser.add_argument("--json", type=path, metavar="FILE", help="every point, for a program")
+    parser.add_argument(
+        "--threads", type=wholes(1, cores()), metavar="1,2", help="default: 1 and all cores"
+    )
+    parser.add_argument("--largest", type=whole(SMALLEST), default=LARGEST, metavar="BYTES")
+    parser.add_argument("--rounds", type=whole(1), default=3)
+    parser.add_argument("--seconds", type=seconds, default=0.02, help="a contender and round")
     known = [family.spec.op for family in FAMILIES]
-    ops = options.ops.split(",") if options.ops else known
-    if not set(ops) <= set(known):
-        parser.error(f"--ops: expected names out of {', '.join(known)}; got {options.ops!r}")
-    families = [family for family in FAMILIES if family.spec.op in ops]
+    parser.add_argument(
+        "--ops", type=names_of(known), default=known, metavar="batch_norm,...", help="these alone"
+    )
+    parser.add_argument("--points", type=path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    families = [family for family in FAMILIES if family.spec.op in options.ops]
+    threads = options.threads or sorted({1, cores()})
     progress = Progress()
     try:
         if options.points is not None:
             points = measure(
                 families,
-                int(options.threads),
+                threads[0],
                 options.largest,
                 options.rounds,
                 options.seconds,
@@ -275,9 +279,9 @@ def main() -> int:
             )
             options.points.write_text(json.dumps([asdict(point) for point in points]))
             return 0
+        check_outputs(options.json, options.out)
         before = machine()
-        counts = options.threads.split(",") if options.threads else sorted({1, cores()})
-        points = [point for count in counts for point in _in_process(int(count), options, progress)]
+        points = [point for count in threads for point in _in_process(count, options, progress)]
         costs: list[Costs] = []
         for family in families:
             progress(f"{family.spec.op}: compile, load, call, memory")
@@ -285,16 +289,21 @@ def main() -> int:
     except NormGraphError as error:
         log(f"error: {error}")
         return error.exit_code
-    plots = draw([asdict(point) for point in points], options.out)
-    command = " ".join(["python -m normgraph.scripts.bench_sweep", *sys.argv[1:]])
-    options.out.write_text(
-        document([asdict(point) for point in points], costs, before, command, plots)
-    )
+    code = 0
+    listed = [asdict(point) for point in points]
     if options.json:
-        rows = {"points": [asdict(point) for point in points], "costs": [asdict(c) for c in costs]}
-        options.json.write_text(json.dumps({"machine": before, **rows}, indent=1))
+        rows = {"points": listed, "costs": [asdict(each) for each in costs]}
+        code = write(options.json, json.dumps({"machine": before, **rows}, indent=1))
+    plots: list[str] = []
+    try:
+        plots = draw(listed, options.out)
+    except OSError as error:
+        log(f"error: {error}")
+        code = 2
+    command = " ".join(["python -m normgraph.scripts.bench_sweep", *sys.argv[1:]])
+    code = max(code, write(options.out, document(listed, costs, before, command, plots)))
     print(options.out)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import normgraph
 from normgraph.errors import NormGraphError
+from normgraph.scripts.argument_types import names_of, path, seconds, seconds_or_zero, whole
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_cases import KINDS, Case, standard_cases
 from normgraph.scripts.bench_document import CAUSES, document, read_causes
@@ -24,6 +25,7 @@ from normgraph.scripts.bench_plot import available, roofline
 from normgraph.scripts.bench_report import BenchReport
 from normgraph.scripts.bench_roster import Extras
 from normgraph.scripts.console import Progress, log
+from normgraph.scripts.outputs import check_outputs, write
 
 DOCUMENT = Path("docs/benchmarks/cpu.md")
 
@@ -72,31 +74,43 @@ def measure(
 def main() -> int:
     """Measure and write the document."""
     parser = argparse.ArgumentParser(prog="bench_table", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=DOCUMENT, metavar="FILE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every row, for a program")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.02, help="a peer and round")
-    parser.add_argument("--ops", metavar="batch_norm,...", help="these operators alone")
-    parser.add_argument("--dtypes", metavar="float32,...", help="these types alone")
-    parser.add_argument("--kinds", default=",".join(KINDS), metavar="forward,...")
+    parser.add_argument("--out", type=path, default=DOCUMENT, metavar="FILE")
+    parser.add_argument("--json", type=path, metavar="FILE", help="every row, for a program")
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--seconds", type=seconds, default=0.02, help="a peer and round")
+    ops = tuple(dict.fromkeys(case.spec.op for case in standard_cases()))
+    dtypes = tuple(dict.fromkeys(case.dtype for case in standard_cases()))
+    parser.add_argument(
+        "--ops", type=names_of(ops), default=ops, metavar="batch_norm,...", help="these alone"
+    )
+    parser.add_argument(
+        "--dtypes", type=names_of(dtypes), default=dtypes, metavar="float32,...", help="these alone"
+    )
+    parser.add_argument("--kinds", type=names_of(KINDS), default=KINDS, metavar="forward,...")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
-        "--quiet", type=float, default=30.0, metavar="SECONDS", help="wait for idle cores"
+        "--quiet",
+        type=seconds_or_zero,
+        default=30.0,
+        metavar="SECONDS",
+        help="wait for idle cores",
     )
     options = parser.parse_args()
     cases = [
         case
         for case in standard_cases()
-        if case.spec.op in (options.ops or case.spec.op).split(",")
-        and case.dtype in (options.dtypes or case.dtype).split(",")
+        if case.spec.op in options.ops and case.dtype in options.dtypes
     ]
-    kinds = options.kinds.split(",")
-    if not cases or not set(kinds) <= set(KINDS):
-        parser.error("no case is left: see --ops, --dtypes and --kinds")
+    if not cases:
+        parser.error("no case is left: see --ops and --dtypes")
+    plots = [f"{options.out.stem}-roofline.svg"] if available() else []
+    drawn = [options.out.parent / name for name in plots]
     try:
+        check_outputs(options.json, options.out, *drawn)
+        causes = read_causes(options.out.parent / CAUSES)
         measured = measure(
             cases,
-            kinds=kinds,
+            kinds=options.kinds,
             rounds=options.rounds,
             seconds=options.seconds,
             quiet=options.quiet,
@@ -106,18 +120,16 @@ def main() -> int:
     except NormGraphError as error:
         log(f"error: {error}")
         return error.exit_code
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    plots = []
-    if available():
-        plots.append(f"{options.out.stem}-roofline.svg")
-        roofline([report for _, report in measured], options.out.parent / plots[0])
-    command = " ".join(["python -m normgraph.scripts.bench_table", *sys.argv[1:]])
-    causes = read_causes(options.out.parent / CAUSES)
-    options.out.write_text(document(measured, command, causes, plots))
+    code = 0
     if options.json:
-        options.json.write_text(json.dumps([asdict(report) for _, report in measured], indent=1))
+        rows = [asdict(report) for _, report in measured]
+        code = write(options.json, json.dumps(rows, indent=1))
+    command = " ".join(["python -m normgraph.scripts.bench_table", *sys.argv[1:]])
+    code = max(code, write(options.out, document(measured, command, causes, plots)))
+    for picture in drawn:
+        roofline([report for _, report in measured], picture)
     print(options.out)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

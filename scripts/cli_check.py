@@ -7,6 +7,7 @@ from pathlib import Path
 
 from normgraph.errors import AccuracyError, ArgumentError
 from normgraph.scripts.console import Progress
+from normgraph.scripts.outputs import check_outputs
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -40,6 +41,7 @@ def bench(options: argparse.Namespace) -> int:
     for kind in options.kinds or ():
         if kind not in known:
             raise ArgumentError(f"--kinds: this artifact has {', '.join(known)}; got {kind!r}")
+    check_outputs(options.plot)
     if options.plot is not None:
         pyplot()  # what is missing is said before anything is measured
     report = measure(
@@ -49,10 +51,10 @@ def bench(options: argparse.Namespace) -> int:
         extras=BRIEF if options.brief else Extras(),
         progress=Progress(),
     )
-    if options.plot is not None:
-        roofline([report], options.plot)
     if options.json:
         print(report.to_json())
     else:
         print(report.to_markdown() if options.markdown else report.to_text())
+    if options.plot is not None:
+        roofline([report], options.plot)
     return 0

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from normgraph import __version__
 from normgraph.scripts import cli_artifact, cli_build, cli_cache, cli_check, cli_doctor, cli_run
+from normgraph.scripts.argument_types import (
+    names,
+    number_or,
+    numeric_shape,
+    path,
+    picture,
+    shape,
+    whole,
+)
 from normgraph.spec import CONVENTIONS, DTYPES, OPERATORS
 
 Command = Callable[[argparse.Namespace], int]
@@ -59,77 +66,6 @@ def make_parser() -> argparse.ArgumentParser:
     _json(command("targets", cli_artifact.targets, "list the known targets"))
     _json(command("doctor", cli_doctor.doctor, "report what this machine has and lacks"))
     return parser
-
-
-def shape(text: str) -> tuple[int | str, ...]:
-    """`N,64,H,W` as ints and names."""
-    dims = [dim.strip() for dim in text.split(",")]
-    for dim in dims:
-        if not (dim.isidentifier() or dim.isdecimal()):
-            raise argparse.ArgumentTypeError(
-                f"expected numbers and names with commas between, such as N,64,H,W; got {text!r}"
-            )
-        # 2^63 has 19 digits; int() refuses texts of thousands.
-        if dim.isdecimal() and (len(dim.lstrip("0")) > 19 or int(dim) >= 2**63):
-            raise argparse.ArgumentTypeError(f"expected sizes below 2^63; got {dim[:24]}")
-    return tuple(int(dim) if dim.isdecimal() else dim for dim in dims)
-
-
-def numeric_shape(text: str) -> tuple[int, ...]:
-    """`8,64,56,56` as ints."""
-    dims = tuple(dim for dim in shape(text) if isinstance(dim, int))
-    if len(dims) != text.count(",") + 1:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers with commas between, such as 8,64,56,56; got {text!r}"
-        )
-    return dims
-
-
-def path(text: str) -> Path:
-    """A path; an empty text, which would be the working folder, is none."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path; got an empty text")
-    return Path(text)
-
-
-def picture(text: str) -> Path:
-    """The path of a picture in a format that is drawn."""
-    found = path(text)
-    if found.suffix not in (".svg", ".png", ".pdf"):
-        raise argparse.ArgumentTypeError(f"expected a .svg, .png or .pdf file; got {text!r}")
-    return found
-
-
-def seed(text: str) -> int:
-    """A seed of NumPy's generators: 0 or more."""
-    if not (text.isdecimal() and len(text) <= 40):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0; got {text[:40]!r}")
-    return int(text)
-
-
-def names(text: str) -> tuple[str, ...]:
-    """`dx,dgamma` as names."""
-    parts = tuple(part.strip() for part in text.split(","))
-    if not all(parts):
-        raise argparse.ArgumentTypeError(f"expected names with commas between; got {text!r}")
-    return parts
-
-
-def number_or(word: str) -> Callable[[str], float | None]:
-    """A parser for a number, or `word`, which stands for None."""
-
-    def parse(text: str) -> float | None:
-        if text.lower() == word:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"expected a finite number or {word!r}; got {text!r}")
-        return value
-
-    return parse
 
 
 def _export(sub: argparse.ArgumentParser) -> None:
@@ -184,7 +120,7 @@ def target_option(sub: argparse.ArgumentParser) -> None:
 def _verify(sub: argparse.ArgumentParser) -> None:
     _artifact(sub)
     sub.add_argument("--shape", type=numeric_shape, metavar="8,64,56,56", help="of x")
-    sub.add_argument("--seed", type=seed, default=0)
+    sub.add_argument("--seed", type=whole(0), default=0)
     _json(sub)
 
 

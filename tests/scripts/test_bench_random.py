@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,20 +243,3 @@ def test_costs_beside_the_kernels() -> None:
     assert 0 < costs.library < costs.size
     assert costs.compile > 0.0
     assert costs.load > 0.0
-
-
-def test_the_commands_refuse_what_they_do_not_know(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for module, arguments in (
-        (bench_random, ["--ops", "polish"]),
-        (bench_random, ["--kinds", "sideways"]),
-        (bench_sweep, ["--ops", "polish"]),
-    ):
-        monkeypatch.setattr("sys.argv", ["bench", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            module.main()
-        assert stop.value.code == 2
-        assert arguments[1] in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
