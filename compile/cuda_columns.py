@@ -35,7 +35,6 @@ from normgraph.compile.cuda_kernel import (
     ceildiv,
     cleared,
     counted,
-    finite_or_zero,
     get,
     grow,
     i32,
@@ -278,10 +277,13 @@ class ColumnSlices:
         (total,) = block.sums([around.sample], sample, stmts).values()
         count = tirx.Var("sampled", self.frame.dtype)
         stmts.append(tirx.Bind(count, tirx.Cast(self.frame.dtype, sample.row_end - sample.row)))
-        width = self.matrix.vector
-        stmts.append(
-            unrolled(width, lambda v: put(total, finite_or_zero(get(total, v) / count), v), "v")
-        )
+
+        def shift(v: Expr) -> Stmt:
+            made: list[Stmt] = []
+            rounded = around.rounded(get(total, v) / count, made)
+            return seq([*made, put(total, rounded, v)])
+
+        stmts.append(unrolled(self.matrix.vector, shift, "v"))
         block.tile.lanes[around.shift] = total
         sums = block.sums(around.sums, block.span(), stmts)
         assert stage.room is not None
