@@ -20,8 +20,8 @@ from normgraph import __version__
 from normgraph.compile import cache as compile_cache
 from normgraph.compile import cache_key, graph_files, link, pipeline, self_test, vectors
 from normgraph.compile.artifact import FORMAT, FORMAT_VERSION, LOADER_RANGE, Draft, write
-from normgraph.compile.cuda_compilers import Compiler
 from normgraph.compile.graph_files import Graph
+from normgraph.compile.pipeline import Generated
 from normgraph.compile.targets import Target, resolve_all
 from normgraph.compile.vectors import Case, Port
 from normgraph.errors import CompileError
@@ -38,8 +38,8 @@ class Library:
     """What was compiled for one target.
 
     suffix: .so, or .o where the target's linker is not here. rules: the schedule rule of each
-    kind. self_test: "passed", or "not run" where this machine does not run the target. compiler:
-    of the CUDA code.
+    kind. self_test: "passed", or "not run" where this machine does not run the target. generated:
+    what step 7 made for it.
     """
 
     target: Target
@@ -47,7 +47,7 @@ class Library:
     content: bytes
     rules: Mapping[str, str]
     self_test: str
-    compiler: Compiler | None
+    generated: Generated
 
 
 def build(
@@ -160,7 +160,7 @@ def _library(
             status = "passed"
         rules = {kind: each.rule for kind, each in scheduled.items()}
         content = binary.read_bytes()
-        return Library(goal, binary.suffix, content, rules, status, generated.compiler)
+        return Library(goal, binary.suffix, content, rules, status, generated)
 
 
 def _cases(graphs: Sequence[Graph], say: Callable[[str], None]) -> list[Case]:
@@ -224,10 +224,12 @@ def _described(library: Library, draft: Draft) -> dict[str, Any]:
         "mcpu": target.mcpu,
         "features": list(target.features),
     }
-    if library.compiler is not None:
+    compiler = library.generated.compiler
+    if compiler is not None:
         described["archs"] = list(target.images)
-        described["cuda"] = ".".join(map(str, library.compiler.version))
-        described["compiler"] = library.compiler.name
+        described["cuda"] = ".".join(map(str, compiler.version))
+        described["compiler"] = compiler.name
+        described["kernels"] = dict(library.generated.kernels)
     return {
         **draft.add(f"kernels-{target.name}", library.suffix, library.content),
         "form": "library" if library.suffix == ".so" else "object",

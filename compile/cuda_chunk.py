@@ -26,14 +26,12 @@ from normgraph.compile.cuda_kernel import (
     get,
     i32,
     move,
+    named_index,
     on_host,
     quotient,
     registers,
     shared_of_launch,
     unrolled,
-)
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
 )
 from normgraph.compile.cuda_tile import Place, Tile
 from normgraph.compile.kernel_frame import item_size
@@ -183,7 +181,7 @@ class ChunkTile(Tile):
             inside = tirx.LT(number, span.column_end)
             return seq([*stmts, when(inside, seq([*inner, body(place)]))])
 
-        return unrolled(self.mapping.registers, step, "k")
+        return seq([*self.fresh(), unrolled(self.mapping.registers, step, "k")])
 
     def _coordinates(self, span: Span, k: Expr, stmts: list[Stmt]) -> tuple[Expr, Expr]:
         del span

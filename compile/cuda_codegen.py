@@ -47,6 +47,22 @@ __device__ __forceinline__ float {_AWAIT}(const int64_t* words, int at, int turn
 }}
 
 """
+# A variable that passes here is another one to the compiler: what followed from it before is made
+# again and does not take registers in the meantime.
+_ANEW, _PACKED = "normgraph_anew", "normgraph_packed"
+_REGISTERS = f"""
+__device__ __forceinline__ void {_ANEW}(int* index) {{
+  asm volatile("" : "+r"(*index));
+}}
+__device__ __forceinline__ void {_PACKED}(void* halves, int words) {{
+#pragma unroll
+  for (int k = 0; k < words; ++k) {{
+    asm volatile("" : "+r"(((unsigned*)halves)[k]));
+  }}
+}}
+
+"""
+_HELPERS = ((_AWAIT, _WORDS), (_ANEW, _REGISTERS))
 _LETTERS = {"int64": "l", "int32": "i", "bool": "b", "float32": "f", "float64": "d"}
 
 
@@ -155,10 +171,11 @@ def source_of(parts: Split, target: Target) -> str:
     with _not_compiled():
         module = tvm.get_global_func("target.build.cuda")(parts.device, goal)
         text = str(module.inspect_source())
-    if _AWAIT not in text:
+    helpers = [helper.lstrip("\n") for name, helper in _HELPERS if name in text]
+    if not helpers:
         return text
     first = text.index('extern "C" __global__')
-    return text[:first] + _WORDS.lstrip("\n") + text[first:]
+    return "".join([text[:first], *helpers, text[first:]])
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 A block takes 32 neighbouring elements of an output; 16 threads for each add up every 16th term,
 loads of neighbours together, and their shares are added in a fixed order.
 
-Bytes: the parts once, which lie in L2; a launch and the latency of a few loads is what it costs.
+Roofline. The parts once, which lie in L2, of at most 660 blocks: a launch and the latency of a few
+loads is what it costs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from normgraph.compile.cuda_kernel import (
     grow,
     i32,
     kernel,
+    named_index,
     on_host,
     put,
     quotient,
@@ -33,9 +35,6 @@ from normgraph.compile.cuda_kernel import (
     shared,
     sync,
     value_of,
-)
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
 )
 from normgraph.compile.slice_plan import Step, distinct
 from normgraph.compile.tensor_program import Load, Node, Tensor, loads

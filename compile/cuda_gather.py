@@ -94,7 +94,11 @@ class Centring:
         self.dtype = next(iter(loads(x))).dtype
 
     def take(self, mean: Expr, settler: Settler, stmts: list[Stmt]) -> None:
-        """Centre on a mean of some elements, rounded to the data's own type.
+        """Centre on a mean of some elements."""
+        settler.take(self.shift, self.rounded(mean, stmts), stmts)
+
+    def rounded(self, mean: Expr, stmts: list[Stmt]) -> Expr:
+        """A mean of some elements as what to centre on, rounded to the data's own type.
 
         So that x - shift is exact for half types: rounded in float32, all elements of a binade
         would be off by the same, and the mean with them.
@@ -102,7 +106,7 @@ class Centring:
         rounded = registers(1, self.dtype, "rounded_shift")
         stmts.append(tirx.AllocBuffer(rounded))
         stmts.append(put(rounded, tirx.Cast(self.dtype, finite_or_zero(mean))))
-        settler.take(self.shift, tirx.Cast(self.shift.dtype, get(rounded)), stmts)
+        return tirx.Cast(self.shift.dtype, get(rounded))
 
 
 @dataclass

@@ -19,6 +19,7 @@ from normgraph.compile.cuda_kernel import (
     on_host,
     power,
 )
+from normgraph.compile.kernel_frame import item_size
 from normgraph.compile.slice_plan import SlicePlan, Step
 from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, constant, i64, product
@@ -45,6 +46,11 @@ class Geometry:
         """An input with all elements: all of them have one shape."""
         every = frozenset(self.plan.wide_axes)
         return next(t for t in self.plan.program.inputs if t.axes == every)
+
+    def along(self, vector: int) -> int:
+        """Registers for a vector of each input that varies along a row and not across rows."""
+        found = [t for t in self.plan.program.inputs if t.axes == frozenset(self.column_axes)]
+        return sum(vector * item_size(t.dtype) for t in found if t.axes != self.wide.axes) // 4
 
     def stride(self, axes: tuple[int, ...]) -> Expr:
         """Elements from one index along `axes` to the next, in a whole-size tensor."""

@@ -9,6 +9,9 @@
 5. Sums across slices (parameter gradients of layer norm): a block goes through many slices and
    keeps the sums of its columns in registers; at the end each block stores its part, which
    `cuda_finish` adds up in a fixed order.
+
+Roofline. Each array once, in one launch: 2 A / B forward, 3 A / B backward, with A the bytes of an
+array and B the bandwidth of device memory; sums across slices add the finish.
 """
 
 from __future__ import annotations
@@ -32,15 +35,13 @@ from normgraph.compile.cuda_kernel import (
     grow,
     i32,
     kernel,
+    named_index,
     on_host,
     put,
     quotient,
     registers,
     shared,
     sync,
-)
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
 )
 from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.cuda_tile import Place, Tile

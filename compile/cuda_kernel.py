@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import Range
+from tvm.ir import Range, TensorLoad
 from tvm.ir.prim.expr import IntImm
 from tvm.tirx.op import tvm_storage_sync
 
 from normgraph.compile.addressing import evaluate
+from normgraph.compile.kernel_frame import item_size
 from normgraph.compile.tensor_program import Apply, Cast, Node
 from normgraph.compile.tir import Expr, Stmt, bind, constant, i64, seq, when, zero
 
 WARP = 32
 _RESIDENT = "tirx.launch_bounds_min_blocks_per_sm"
 _ALL_LANES = 0xFFFFFFFF
+# Registers of a multiprocessor.
+REGISTERS = 65536
 # The largest vector one memory instruction moves.
 VECTOR_BYTES = 16
 
@@ -41,16 +44,15 @@ def as_i64(value: Expr) -> Expr:
 
 
 def kernel(
-    blocks: Expr, threads: int, body: Callable[[Expr, Expr], Stmt], resident: int | None = None
+    blocks: Expr, threads: int, body: Callable[[Expr, Expr], Stmt], resident: int = 1
 ) -> Stmt:
     """A launch of `blocks` (int64) blocks of `threads`; `body(block, thread)` in int32.
 
-    resident: blocks that a multiprocessor has to have the registers for.
+    resident: blocks that a multiprocessor has to have the registers for. Where nothing is said, the
+    assembler at times spills a few to make room for one block more.
     """
     block, thread = tirx.Var("block", "int32"), tirx.Var("thread", "int32")
-    work = body(block, thread)
-    if resident is not None:
-        work = tirx.AttrStmt(0, _RESIDENT, i32(resident), work)
+    work = tirx.AttrStmt(0, _RESIDENT, i32(resident), body(block, thread))
     inner = _bound("threadIdx.x", thread, i32(threads), work)
     return _bound("blockIdx.x", block, as_i32(blocks), inner)
 
@@ -238,7 +240,7 @@ def on_host(name: str, value: Expr, out: list[Stmt], dtype: str = "int64") -> Ex
     return bind(name, tirx.reinterpret(dtype, value), out, dtype)
 
 
-def index(name: str, value: Expr, out: list[Stmt]) -> Expr:
+def named_index(name: str, value: Expr, out: list[Stmt]) -> Expr:
     """Name an index that a thread computes, in a register.
 
     A register and not a named value, for the same reason as in `on_host`.
@@ -248,6 +250,26 @@ def index(name: str, value: Expr, out: list[Stmt]) -> Expr:
     buffer = registers(1, str(value.ty.dtype), name)
     out.extend([tirx.AllocBuffer(buffer), put(buffer, value)])
     return get(buffer)
+
+
+def anew(value: Expr) -> Stmt | None:
+    """Let what follows from a named index be computed again behind here, not kept in registers."""
+    if not isinstance(value, TensorLoad):
+        return None
+    call = tirx.call_extern("int32", "normgraph_anew", value.source.data)
+    return tirx.Evaluate(call)
+
+
+def packed(buffer: Any) -> Stmt | None:
+    """Let half types of a thread stay as they came, two a register, and not as float32 each.
+
+    Each use behind here converts them again.
+    """
+    nbytes = int(buffer.shape[0]) * item_size(str(buffer.dtype))
+    if item_size(str(buffer.dtype)) != 2 or nbytes % 4:
+        return None
+    call = tirx.call_extern("int32", "normgraph_packed", buffer.data, i32(nbytes // 4))
+    return tirx.Evaluate(call)
 
 
 def rounded_sum(old: Expr, value: Expr) -> Expr:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -23,6 +25,11 @@ class Usage:
     spill_stores: int
     spill_loads: int
     shared: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether registers were too few, so that some are kept in memory at times."""
+        return self.spill_stores > 0 or self.spill_loads > 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,18 @@ def usage(log: str) -> dict[str, Usage]:
             int(used[1]) if used else 0, stack, stores, loads, int(shared[1]) if shared else 0
         )
     return found
+
+
+def assembled(logs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """By architecture: how many kernels were assembled, and the names of those that spill.
+
+    logs: what `ptxas -v` said, by architecture; those without machine code are left out.
+    """
+    found = {arch: usage(log) for arch, log in logs.items() if arch.startswith("sm_")}
+    return {
+        arch: {"count": len(each), "spilling": sorted(k for k, u in each.items() if u.spills)}
+        for arch, each in found.items()
+    }
 
 
 def accesses(ptx: str) -> dict[str, Accesses]:

@@ -24,6 +24,8 @@ Strategy. The host part of the function looks at the sizes and takes the first k
     finds out; else of one element. A known length that is a smaller multiple takes smaller vectors.
  8. Each output has a request of two bits, the same for all threads: what is not asked for is
     neither loaded for, added up nor stored, and what is asked for in addition is added.
+ 9. Registers are for elements: half types are held as they came, and what a pass needs of places
+    and conversions it makes again (`Tile.fresh`). No kernel spills.
 
 Roofline. A, the bytes of one array; B, the bandwidth of device memory; L, that of a launch (about
 1 us on the device behind another kernel); everything is bound by bytes.
@@ -33,7 +35,7 @@ Roofline. A, the bytes of one array; B, the bandwidth of device memory; L, that 
     split    forward   (3 - h) A / B + L   backward  (5 - 2 h) A / B + L
              h, the part of a traversal's arrays that the next finds in L2: near 1 below 40 MB
     columns  as split, and one small kernel more for the columns' values
-    finish   parts of at most 528 blocks from L2: 1 to 3 us
+    finish   parts of at most 660 blocks from L2: 1 to 3 us
 
 Bytes in flight decide how near a kernel comes. Little's law asks some 40 KB a multiprocessor (4.8
 TB/s, 132 of them, 1 us). Threads hold 64 to 128 bytes of each input: at 40 to 72 registers a
@@ -61,7 +63,7 @@ from normgraph.compile.cuda_finish import finish
 from normgraph.compile.cuda_frame import CudaFrame, Room
 from normgraph.compile.cuda_geometry import Geometry, Mapping, geometry, mapping
 from normgraph.compile.cuda_held import HeldSlices
-from normgraph.compile.cuda_kernel import VECTOR_BYTES
+from normgraph.compile.cuda_kernel import REGISTERS, VECTOR_BYTES
 from normgraph.compile.cuda_settle import is_row_sum
 from normgraph.compile.cuda_split import SplitSlices
 from normgraph.compile.cuda_team import TeamSlices
@@ -78,8 +80,7 @@ NAME = "cuda-slices"
 _BUDGETS = ((128, 64, 4), (256, 64, 4), (512, 72, 4), (1024, 34, 8))
 _SINGLES = ((256, 64, 8), (1024, 34, 8))
 _WARPS = (256, 64)
-# Registers of a multiprocessor; those of a thread beside the elements it holds.
-_REGISTERS = 65536
+# Registers of a thread beside the elements it holds.
 _OTHER_REGISTERS = 48
 # Threads that leave one another 64 registers; sums of rows take more than half.
 _ALONE = 1024
@@ -234,13 +235,15 @@ class _Emitter:
                 if small or tried[-1][2] or threads * count > tried[-1][0] * tried[-1][1]:
                     tried.append((threads, count, small))
         aligned = self._is_aligned(width, where.length)
+        length = constant(where.length)
         for threads, count, warps in tried:
+            needed = -(-length // (width * threads)) if rows is None and length else count
             found, fits = mapping(
                 rows,
                 where.length,
                 opening,
                 vector=width,
-                registers=count,
+                registers=count if warps else min(count, needed),
                 threads=threads,
                 warps=warps,
             )
@@ -250,16 +253,16 @@ class _Emitter:
             condition = fits if known is None else None
             if aligned is not None:
                 condition = aligned if condition is None else tirx.And(aligned, condition)
-            made.append((condition, self._held_work(where, found)))
+            made.append((condition, self._held_work(where, found, count)))
             if known:
                 break
         return made
 
-    def _held_work(self, where: Geometry, found: Mapping) -> Stmt:
+    def _held_work(self, where: Geometry, found: Mapping, count: int) -> Stmt:
         self.frame.start_workspace()
         host: list[Stmt] = []
-        words = int(found.registers * found.vector * self._words()) + _OTHER_REGISTERS
-        resident = max(_REGISTERS // (found.threads * words), 1)
+        words = int(count * found.vector * self._words()) + _OTHER_REGISTERS
+        resident = max(REGISTERS // (found.threads * words), 1)
         work = HeldSlices(self.frame, where, found, resident)
         launch = work.emit(host)
         return seq([*host, *self.frame.allocation(), launch, self._ends(work.partials)])

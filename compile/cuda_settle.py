@@ -15,12 +15,10 @@ from normgraph.compile.cuda_kernel import (
     counted,
     get,
     grow,
+    named_index,
     put,
     quotient,
     registers,
-)
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
 )
 from normgraph.compile.cuda_tile import Tile
 from normgraph.compile.slice_plan import SlicePlan, Step, distinct

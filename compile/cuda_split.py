@@ -13,6 +13,14 @@
    exactly (Chan, Golub and LeVeque 1983); the tile is at least 1/16 of the chunk, so d^2 is at
    most 16 variances and nothing cancels beyond what `shifted_sums` allows.
 4. Later traversals take the slices backwards: what was read last is still in L2.
+
+Roofline. A, the bytes of an array; B, the bandwidth of device memory; L, that of one more launch;
+h, the part of a traversal's arrays that the next finds in L2. Inference traverses once, forward
+reads x twice, backward x and dy:
+
+    inference  2 A / B        forward  (3 - h) A / B + L        backward  (5 - 2 h) A / B + L
+
+Where a traversal of the columns follows (`ColumnSums`), x and dy are read once more.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ from normgraph.compile.cuda_frame import CudaFrame
 from normgraph.compile.cuda_gather import Centring, Parts, Stage, gather, stages
 from normgraph.compile.cuda_geometry import Chunks, Geometry, Mapping, Span, shifted
 from normgraph.compile.cuda_kernel import (
+    REGISTERS,
     WARP,
     as_i32,
     as_i64,
@@ -39,17 +48,16 @@ from normgraph.compile.cuda_kernel import (
     i32,
     kernel,
     log2_ceil,
+    named_index,
     on_host,
     over_block,
     power,
     quotient,
     registers,
 )
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
-)
 from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.cuda_tile import Tile
+from normgraph.compile.kernel_frame import item_size
 from normgraph.compile.shifted_sums import Match
 from normgraph.compile.slice_plan import Step
 from normgraph.compile.tensor_program import Tensor
@@ -64,7 +72,10 @@ from normgraph.compile.tir import (
 )
 
 THREADS = 256
-_RESIDENT = 3  # blocks of a multiprocessor: 80 registers a thread
+# Blocks of a multiprocessor at most, of 80 registers a thread; those beside its elements and the
+# parameters along them.
+_RESIDENT = 3
+_OTHER_REGISTERS = 48
 # Chunks there should be at least, a few for each of some hundred multiprocessors; what one holds
 # at least and at most, in tiles; and chunks of a slice at most, which every block adds up.
 _CHUNKS = 2112
@@ -83,6 +94,10 @@ class SplitSlices:
         self.plan = geometry.plan
         self.vector = vector
         self.registers = 4 if vector > 1 else 8
+        every = geometry.wide.axes
+        held = sum(item_size(t.dtype) for t in self.plan.program.inputs if t.axes == every)
+        words = held * vector * self.registers // 4 + geometry.along(vector) + _OTHER_REGISTERS
+        self.resident = min(REGISTERS // (THREADS * words), _RESIDENT)
         self.rows_apart = any(is_row_sum(self.plan, s) for p in self.plan.passes for s in p.wide)
         columns = {s.op.out for s in self.plan.column_sums}
         self.first, self.stages = stages(self.plan.passes, columns, found)
@@ -104,7 +119,7 @@ class SplitSlices:
         for number, stage in enumerate(self.stages):
             if stage.sums or stage.outputs:
                 body = partial(self._body, number, self.blocks)
-                stmts.append(kernel(self.blocks, THREADS, body, _RESIDENT))
+                stmts.append(kernel(self.blocks, THREADS, body, self.resident))
             else:
                 body = partial(self._body, number, self.geometry.slices)
                 stmts.append(kernel(self.geometry.slices, WARP, body))

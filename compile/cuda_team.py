@@ -63,6 +63,7 @@ from normgraph.compile.cuda_kernel import (
     grow,
     i32,
     kernel,
+    named_index,
     on_host,
     over_block,
     put,
@@ -70,9 +71,6 @@ from normgraph.compile.cuda_kernel import (
     registers,
     shared,
     sync,
-)
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
 )
 from normgraph.compile.cuda_settle import Settler, is_row_sum
 from normgraph.compile.kernel_frame import item_size
@@ -82,7 +80,8 @@ from normgraph.compile.tensor_program import Tensor
 from normgraph.compile.tir import Expr, Stmt, bind, i64, seq, times, when
 
 THREADS = 256
-# Blocks a multiprocessor has registers for, 128 a thread; how many of these hold elements.
+# Blocks a multiprocessor has registers for, 128 a thread; how many of these hold elements and the
+# parameters along them.
 _RESIDENT = 2
 _HELD = 40
 # Blocks of a team at most, as `team_blocks` has it, for each of which a block has room; and the
@@ -120,7 +119,7 @@ class TeamSlices:
         self.read = vector * sum(item_size(t.dtype) for t in inputs)
         self.bytes = self.read + vector * len(self.columns) * item_size(frame.dtype)
         words = max(item_size(t.dtype) for t in inputs) * vector * len(inputs) // 4
-        count = min(_HELD // max(words, 1), 16)
+        count = min((_HELD - geometry.along(vector)) // max(words, 1), 16)
         self.mapping = Mapping(
             vector, count, THREADS, i32(THREADS.bit_length() - 1), i32(0), i32(0), False
         )

@@ -18,19 +18,19 @@ from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.cuda_frame import CudaFrame
 from normgraph.compile.cuda_geometry import Geometry, Mapping, Span, shifted
 from normgraph.compile.cuda_kernel import (
+    anew,
     as_i64,
     get,
     grow,
     i32,
     move,
+    named_index,
+    packed,
     put,
     registers,
     rounded_sum,
     unrolled,
     value_of,
-)
-from normgraph.compile.cuda_kernel import (
-    index as named_index,
 )
 from normgraph.compile.slice_plan import Step, distinct
 from normgraph.compile.tensor_program import Node, Tensor, loads
@@ -135,7 +135,15 @@ class Tile:
             stmts.append(when(both(conditions), seq([*inner, body(place)])))
             return seq([*stmts, after(k, row) if after else None])
 
-        return unrolled(m.registers, step, "k")
+        return seq([*self.fresh(), unrolled(m.registers, step, "k")])
+
+    def fresh(self) -> list[Stmt]:
+        """Places and conversions are made anew behind here, and not kept in registers.
+
+        Those of 8 vectors would take 24 registers and more.
+        """
+        made = [anew(self.column), anew(self.row), *map(packed, self.held.values())]
+        return [stmt for stmt in made if stmt is not None]
 
     def _coordinates(self, span: Span, k: Expr, stmts: list[Stmt]) -> tuple[Expr, Expr]:
         m = self.mapping

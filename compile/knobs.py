@@ -35,8 +35,8 @@ class Knobs:
                                 them
     whole_rows, whole_columns   rows from which on, and columns up to which, all columns are read in
                                 order
-    streamed_eighths            outputs are stored past the caches where all arrays together are more
-                                than so many eighths of the last level
+    streamed_eighths            outputs are stored past the caches where all arrays together exceed
+                                so many eighths of the last level
     streamed_row                rows from so many elements on are stored past the caches: of shorter
                                 ones too much lies in lines that two of them share
     streamed_apart              as much where they share none

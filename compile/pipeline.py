@@ -19,7 +19,9 @@ Steps 1 to 5 run here, one graph at a time; `codegen`, `cuda_codegen` and `link`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from normgraph.compile import (
     cuda_compilers,
     cuda_link,
     cuda_plain_rule,
+    cuda_report,
     cuda_rules,
     importing,
     plain_rule,
@@ -51,10 +54,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What is linked with the object file. compiler: of the CUDA code, with its version."""
+    """What is linked with the object file.
+
+    compiler: of the CUDA code, with its version. kernels: see `cuda_report.assembled`.
+    """
 
     sources: Sources = field(default_factory=Sources)
     compiler: cuda_compilers.Compiler | None = None
+    kernels: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,11 +151,14 @@ def _generate_cuda(
     parts = cuda_codegen.split(functions, target)
     text = cuda_codegen.source_of(parts, target)
     dump("all", "7-generate", "cu", lambda: text)
-    images = [compiler.compile(text, arch) for arch in target.images]
+    with ThreadPoolExecutor(len(target.images)) as pool:
+        images = list(pool.map(partial(compiler.compile, text), target.images))
     for image in images:
         dump("all", f"7-generate-{image.arch}", *image.shown())
     _write_object(cuda_codegen.host_module(parts, target), object_file, dump)
-    return Generated(cuda_link.write(object_file.parent, parts.kernels, images), compiler)
+    sources = cuda_link.write(object_file.parent, parts.kernels, images)
+    said = {image.arch: image.log for image in images}
+    return Generated(sources, compiler, cuda_report.assembled(said))
 
 
 def _write_object(module: Any, object_file: Path, dump: Dump) -> None:

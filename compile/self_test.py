@@ -11,7 +11,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from normgraph import cuda_memory
+from normgraph import cuda_memory, dlpack_types
 from normgraph.compile.vectors import Array, Case, Port, dtype_of
 from normgraph.errors import CompileError
 
@@ -70,7 +70,7 @@ def _values(tensor: Any, dtype: np.dtype[Any]) -> Array:
 
 
 def _on_device(device: int, values: Array) -> Any:
-    code = cuda_memory.FLOAT if values.dtype.kind == "f" else cuda_memory.BFLOAT
+    code = dlpack_types.FLOAT if values.dtype.kind == "f" else dlpack_types.BFLOAT
     memory = cuda_memory.Memory(values.shape, code, 8 * values.itemsize, device)
     compact = np.asarray(values, order="C")
     cuda_memory.upload(memory.address, compact.ctypes.data, compact.nbytes, device)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from normgraph import cuda_memory
+from normgraph import cuda_memory, dlpack_types
 from normgraph.cuda import DriverError
 from normgraph.errors import DeviceError
 from normgraph.runtime.dlpack import AnyArray
@@ -65,5 +65,5 @@ def memory_view(tensor: Any, dtype: str) -> AnyArray:
 
 def _type(dtype: str) -> tuple[int, int]:
     if dtype == "bfloat16":
-        return cuda_memory.BFLOAT, 16
-    return cuda_memory.FLOAT, 8 * np.dtype(dtype).itemsize
+        return dlpack_types.BFLOAT, 16
+    return dlpack_types.FLOAT, 8 * np.dtype(dtype).itemsize

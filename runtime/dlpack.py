@@ -15,27 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
+from normgraph.dlpack_types import BFLOAT, UINT, DLTensor
 from normgraph.runtime.output_pool import pool
 
 AnyArray = npt.NDArray[Any]
 
 CPU = 1  # kDLCPU
-_UINT, _BFLOAT = 1, 4  # kDLUInt, kDLBfloat
-
-
-class _DLTensor(ctypes.Structure):
-    """The head of dlpack.h's DLManagedTensor, which begins with its DLTensor."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-    )
-
 
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -46,8 +31,9 @@ class _Capsule:
     """A DLPack producer of one capsule, whose dtype code it sets."""
 
     def __init__(self, capsule: Any, code: int) -> None:
+        # A DLManagedTensor begins with its DLTensor.
         address = _get_pointer(capsule, b"dltensor")
-        _DLTensor.from_address(address).code = code
+        DLTensor.from_address(address).code = code
         self._capsule = capsule
 
     def __dlpack__(self, **_: Any) -> Any:
@@ -79,7 +65,7 @@ def kernel_tensor(array: AnyArray, dtype: str) -> Any:
     if not exported.flags.writeable:
         exported = np.asarray(_WritableMemory(exported))
     if bfloat16:
-        return tvm_ffi.from_dlpack(_Capsule(exported.__dlpack__(), _BFLOAT))
+        return tvm_ffi.from_dlpack(_Capsule(exported.__dlpack__(), BFLOAT))
     return exported
 
 
@@ -103,7 +89,7 @@ def lasting_tensor(array: AnyArray, dtype: str) -> Any:
     """
     exported: AnyArray = np.asarray(_LastingMemory(array))
     if dtype == "bfloat16":
-        return tvm_ffi.from_dlpack(_Capsule(exported.__dlpack__(), _BFLOAT))
+        return tvm_ffi.from_dlpack(_Capsule(exported.__dlpack__(), BFLOAT))
     return tvm_ffi.from_dlpack(exported)
 
 
@@ -111,7 +97,7 @@ def owned_tensor(shape: tuple[int, ...], dtype: str) -> Any:
     """A new tvm_ffi.Tensor of uninitialised memory, in the pool's where it is large."""
     array = pool.empty(shape, np.dtype("uint16" if dtype == "bfloat16" else dtype))
     if dtype == "bfloat16":
-        return tvm_ffi.from_dlpack(_Capsule(array.__dlpack__(), _BFLOAT))
+        return tvm_ffi.from_dlpack(_Capsule(array.__dlpack__(), BFLOAT))
     return tvm_ffi.from_dlpack(array)
 
 
@@ -124,7 +110,7 @@ def tensor_of(array: AnyArray, dtype: str) -> Any:
 
 def memory_view(tensor: Any, dtype: str) -> AnyArray:
     """A CPU tvm_ffi.Tensor's memory as a writable NumPy array; bfloat16 as its bits, uint16."""
-    source = _Capsule(tensor.__dlpack__(), _UINT) if dtype == "bfloat16" else tensor
+    source = _Capsule(tensor.__dlpack__(), UINT) if dtype == "bfloat16" else tensor
     array: AnyArray = np.from_dlpack(source)
     # NumPy marks what comes in an unversioned capsule read-only, as it cannot tell.
     return array if array.flags.writeable else np.asarray(_WritableMemory(array))

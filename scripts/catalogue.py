@@ -6,6 +6,7 @@ In float32 and float16; for CUDA in bfloat16 too.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normgraph.errors import NormGraphError
-from normgraph.scripts.cli import explain
 from normgraph.scripts.cli_parser import target_option
 from normgraph.scripts.console import Progress, log
+from normgraph.scripts.explain import explain
 from normgraph.spec import NormSpec
 
 DTYPES = ("float32", "float16")
@@ -70,8 +71,32 @@ def build_catalogue(
     return paths
 
 
+def kernels_of(paths: Sequence[Path]) -> tuple[dict[str, int], list[str]]:
+    """How many CUDA kernels the artifacts have, by architecture, and which of those spill."""
+    counts: dict[str, int] = {}
+    spilling = []
+    for path in paths:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for library in manifest["libraries"]:
+            for arch, found in library["target"].get("kernels", {}).items():
+                counts[arch] = counts.get(arch, 0) + found["count"]
+                spilling += [f"{name} of {path.name} for {arch}" for name in found["spilling"]]
+    return counts, spilling
+
+
+def summary(paths: Sequence[Path]) -> str:
+    """How large the artifacts are; of CUDA kernels, how many there are and which spill."""
+    size = sum(f.stat().st_size for path in paths for f in path.rglob("*") if f.is_file())
+    text = f"{len(paths)} artifacts, {size / 1e6:.1f} MB"
+    counts, spilling = kernels_of(paths)
+    if counts:
+        each = ", ".join(f"{count} for {arch}" for arch, count in counts.items())
+        text += f"; CUDA kernels: {each}; spilling: {', '.join(spilling) or 'none'}"
+    return text
+
+
 def main() -> int:
-    """Build the catalogue and print the path of each artifact."""
+    """Build the catalogue, print the path of each artifact, and on stderr what they are."""
     parser = argparse.ArgumentParser(prog="compile-catalogue", description=__doc__)
     target_option(parser)
     parser.add_argument("--out", type=Path, default=Path("build/catalogue"))
@@ -83,15 +108,15 @@ def main() -> int:
             parser.error(f"expected operators out of {', '.join(known)}; got {operator!r}")
     progress = Progress()
     try:
-        for path in build_catalogue(
+        paths = build_catalogue(
             options.out, options.target or "cpu", operators=options.operators, progress=progress
-        ):
-            print(path)
+        )
+        print(*paths, sep="\n")
+        progress(summary(paths))
     except (NormGraphError, OSError) as error:
         message, code = explain(error)
         log(message)
         return code
-    progress("done")
     return 0
 
 

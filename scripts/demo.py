@@ -26,8 +26,8 @@ from normgraph.scripts import demo_pictures
 from normgraph.scripts.bench import bench
 from normgraph.scripts.bench_report import BenchReport
 from normgraph.scripts.bench_roster import BRIEF
-from normgraph.scripts.cli import explain
 from normgraph.scripts.console import Progress, log, table
+from normgraph.scripts.explain import explain
 from normgraph.scripts.verify import verify, verify_data
 from normgraph.scripts.verify_report import Report
 

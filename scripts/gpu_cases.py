@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from normgraph import NormSpec
 
 KINDS = ("forward", "inference", "backward")
+# The artifacts in a folder that was packed: machine code and PTX take a sixth of their size.
+ARCHIVE = "artifacts.tar.xz"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # A tensor from here on is to reach a share of the copy bandwidth.
@@ -109,6 +111,8 @@ def cases() -> list[Case]:
             shapes = (*_IMAGES[:2], (64, 256, 56, 56))
             found += [Case(NormSpec(op), shape, dtype) for shape in shapes]
         found += [Case(NormSpec("layer_norm"), shape, dtype) for shape in (*_ROWS, (16384, 4096))]
+        found.append(Case(NormSpec("rms_norm"), _ROWS[1], dtype))
+        found.append(Case(NormSpec("group_norm", groups=32), (64, 256, 56, 56), dtype))
     found += [
         # cuDNN frontend's benchmark and TileOPs', as they state them for an H200.
         Case(NormSpec("rms_norm"), (8192, 8192), "bfloat16",

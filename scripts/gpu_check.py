@@ -11,16 +11,18 @@ import argparse
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from normgraph import cuda
 from normgraph.errors import DeviceError, NormGraphError, ToolMissing
-from normgraph.scripts.cli import explain
 from normgraph.scripts.console import Progress, log
-from normgraph.scripts.gpu_cases import KINDS, Case, cases, goal_of
+from normgraph.scripts.explain import explain
+from normgraph.scripts.gpu_cases import ARCHIVE, KINDS, Case, cases, goal_of
 from normgraph.scripts.gpu_report import markdown, row
 
 # Sizes of the open extents beside the benchmark's: tails, single rows, rows shorter than a warp.
@@ -65,14 +67,17 @@ def check(options: Any, chosen: list[Case], progress: Callable[[str], None]) -> 
     found = cuda.state()
     if found.problem:
         raise DeviceError(f"gpu_check needs a CUDA device, and {found.problem}.")
-    if importlib.util.find_spec("torch") is None:
-        raise ToolMissing("gpu_check needs PyTorch with CUDA, and torch is not installed.")
+    for needed in ("torch", "numpy", "typing_extensions"):
+        if importlib.util.find_spec(needed) is None:
+            raise ToolMissing(
+                f"gpu_check needs PyTorch with CUDA and NumPy, and {needed} is not installed."
+            )
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         raise ToolMissing(f"torch {torch.__version__} cannot use the CUDA device here.")
     from normgraph.scripts.gpu_run import Bench
 
-    bench = Bench(torch, options.folder / "artifacts", _COPY_BYTES)
+    bench = Bench(torch, unpacked(options.folder), _COPY_BYTES)
     report: dict[str, Any] = {**bench.about(found), "numeric": [], "rows": [], "failures": []}
     with torch.cuda.stream(torch.cuda.Stream()):
         for case in dict.fromkeys(chosen):
@@ -98,6 +103,19 @@ def check(options: Any, chosen: list[Case], progress: Callable[[str], None]) -> 
     for each in wrong:
         log(f"WRONG: {each['what']}: {each['detail']}")
     return 1 if wrong else 0
+
+
+def unpacked(folder: Path) -> Path:
+    """The artifacts in a folder that was packed, unpacked the first time."""
+    target, part = folder / "artifacts", folder / "artifacts.part"
+    if not target.exists():
+        shutil.rmtree(part, ignore_errors=True)
+        checked: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        with tarfile.open(folder / ARCHIVE) as archive:
+            archive.extractall(part, **checked)
+        (part / "artifacts").rename(target)
+        part.rmdir()
+    return target
 
 
 def write(report: dict[str, Any], out: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from pathlib import Path
 from normgraph import __version__
 from normgraph.cpu import machine
 from normgraph.errors import CompileError, ToolMissing
-from normgraph.scripts.gpu_cases import KINDS, Case, cases
+from normgraph.scripts.gpu_cases import ARCHIVE, Case, cases
 
 MOST_BYTES = 60_000_000
 # The Pythons whose wheels are packed.
@@ -30,7 +31,7 @@ def pack(
     wheels: Callable[[Path, Path], None] | None = None,
     progress: Callable[[str], None],
 ) -> Path:
-    """Write the folder; what was there is replaced.
+    """Write the folder; what was there is replaced. The artifacts, of all kinds, are one archive.
 
     chosen: the cases to take along, all by default. wheels: fetches the wheels; by default builds
     ours from `repository` and asks pip for apache-tvm-ffi's.
@@ -43,14 +44,18 @@ def pack(
 
     if out.exists():
         shutil.rmtree(out)
-    (out / "artifacts").mkdir(parents=True)
+    out.mkdir(parents=True)
     listed = list(cases() if chosen is None else chosen)
     first = {case.name: case for case in listed}
-    for number, (name, case) in enumerate(first.items(), 1):
-        progress(f"{number}/{len(first)} {name}")
-        with tempfile.TemporaryDirectory() as folder:
-            graphs.export(case.spec, shape=case.declared, dtype=case.dtype, out=folder, kinds=KINDS)
-            compiler.build(folder, target="cuda", out=out / "artifacts" / name)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, case) in enumerate(first.items(), 1):
+            progress(f"{number}/{len(first)} {name}")
+            source = Path(folder, "graphs", name)
+            graphs.export(case.spec, shape=case.declared, dtype=case.dtype, out=source)
+            compiler.build(source, target="cuda", out=Path(folder, "artifacts", name))
+        progress("archive")
+        with tarfile.open(out / ARCHIVE, "w:xz") as archive:
+            archive.add(Path(folder, "artifacts"), "artifacts")
     progress("wheels")
     (out / "wheels").mkdir()
     (wheels or _wheels)(repository, out / "wheels")

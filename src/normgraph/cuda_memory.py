@@ -14,33 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from normgraph.cuda import DEVICE_TYPE, Driver, driver
-
-# dlpack.h's type codes.
-FLOAT, BFLOAT = 2, 4
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _DLManagedTensor(ctypes.Structure):
-    _fields_ = (
-        ("tensor", _DLTensor),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
-
+from normgraph.dlpack_types import DLManagedTensor
 
 _new_capsule = ctypes.PYFUNCTYPE(
     ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
@@ -115,7 +89,7 @@ class Memory:
         self._ndim, self._type = len(shape), (code, bits)
 
     def __dlpack__(self, **_: Any) -> Any:
-        managed = _DLManagedTensor()
+        managed = DLManagedTensor()
         tensor = managed.tensor
         tensor.data = self.address
         tensor.device_type, tensor.device_id = DEVICE_TYPE, self._device

@@ -17,15 +17,19 @@ Images = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def images(make_once: Callable[..., Path], name_of_build: Callable[..., str]) -> Images:
-    """images(spec, shape, dtype, target="cuda"): a forward and a backward by NVRTC; made once."""
+    """images(spec, shape, dtype, target="cuda", kinds=both ways): by NVRTC; made once."""
 
     def make(
-        spec: ng.NormSpec, shape: tuple[int | str, ...], dtype: str, name: str = "cuda"
+        spec: ng.NormSpec,
+        shape: tuple[int | str, ...],
+        dtype: str,
+        name: str = "cuda",
+        kinds: tuple[str, ...] = ("forward", "backward"),
     ) -> dict[str, Any]:
         def compile_into(folder: Path) -> None:
             target, dump = resolve(name), pipeline.Dump(None)
             functions = {}
-            for kind in ("forward", "backward"):
+            for kind in kinds:
                 model = ng.graphs.build(spec, kind, shape=shape, dtype=dtype)
                 scheduled = pipeline.schedule(kind, model, target, dump, lambda line: None)
                 assert scheduled.rule != "plain"
@@ -36,13 +40,32 @@ def images(make_once: Callable[..., Path], name_of_build: Callable[..., str]) ->
             made = {arch: nvrtc.compile(text, arch) for arch in target.images}
             (folder / "images").write_bytes(pickle.dumps(made))
 
-        folder = make_once(f"images-{name}-{name_of_build(spec, shape, dtype)}", compile_into)
+        build = name_of_build(spec, shape, dtype, kinds)
+        folder = make_once(f"images-{name}-{build}", compile_into)
         found: dict[str, Any] = pickle.loads((folder / "images").read_bytes())
         return found
 
     return make
 
 
+IMAGE = ("N", 64, "H", "W")
+LARGE = ("N", 32, 512, 512)
+# Kinds whose kernels come near to the registers they may have, and went beyond when places and
+# float32 copies were kept from one pass to the next.
+CROWDED = [
+    (ng.NormSpec("batch_norm"), IMAGE, "bfloat16", "backward"),
+    (ng.NormSpec("batch_norm"), IMAGE, "bfloat16", "backward_frozen"),
+    (ng.NormSpec("batch_norm"), IMAGE, "bfloat16", "backward_from_output"),
+    (ng.NormSpec("batch_norm"), IMAGE, "bfloat16", "forward"),
+    (ng.NormSpec("group_norm", groups=32), IMAGE, "float16", "backward_from_output"),
+    (ng.NormSpec("group_norm", groups=32), IMAGE, "bfloat16", "backward_from_output"),
+    (ng.NormSpec("batch_norm"), LARGE, "float32", "backward"),
+    (ng.NormSpec("batch_norm"), LARGE, "bfloat16", "backward_from_output"),
+    (ng.NormSpec("group_norm", groups=32), ("N", 64, 512, 512), "float16", "backward"),
+    (ng.NormSpec("layer_norm"), ("N", 16384), "bfloat16", "backward_from_output"),
+    (ng.NormSpec("layer_norm"), ("N", 16384), "float32", "forward"),
+    (ng.NormSpec("layer_norm", weight=False, bias=False), ("N", "D"), "bfloat16", "backward"),
+]
 CASES = [
     (ng.NormSpec("batch_norm"), ("N", 64, "H", "W"), "float32"),
     (ng.NormSpec("instance_norm"), ("N", 64, "H", "W"), "float16"),
@@ -63,6 +86,22 @@ def test_kernels_assemble_without_spills(
         assert {name.split("_kernel")[0] for name in found} == {"forward", "backward"}
         for kernel, used in found.items():
             assert (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} for {arch}: {used}"
+
+
+@pytest.mark.parametrize("target", ["cuda", "sm_100"])
+@pytest.mark.parametrize(
+    "case", CROWDED, ids=lambda case: "-".join(map(str, (case[0].op, *case[1:])))
+)
+def test_crowded_kernels_do_not_spill(
+    images: Images, case: tuple[ng.NormSpec, tuple[int | str, ...], str, str], target: str
+) -> None:
+    *of, kind = case
+    logs = {arch: image.log for arch, image in images(*of, target, (kind,)).items()}
+    found = cuda_report.assembled(logs)
+    assert set(found) == ({"sm_80", "sm_90"} if target == "cuda" else {"sm_100"})
+    for arch, each in found.items():
+        assert each["count"] > 5
+        assert each["spilling"] == [], arch
 
 
 @pytest.mark.parametrize(("spec", "shape", "dtype"), CASES, ids=NAMES)

@@ -122,7 +122,10 @@ def test_goals(op: str, shape: tuple[int, ...], dtype: str, kind: str, goal: Goa
 def test_every_operator_and_dtype_is_among_the_cases() -> None:
     listed = cases()
     assert {case.spec.op for case in listed} == {spec.op for spec in SPECS}
-    assert {case.dtype for case in listed} == {"float32", "float16", "bfloat16"}
+    dtypes = ("float32", "float16", "bfloat16")
+    assert {(case.spec.op, case.dtype) for case in listed} == {
+        (spec.op, dtype) for spec in SPECS for dtype in dtypes
+    }
     assert len({(case.spec, case.shape, case.dtype) for case in listed}) == len(listed)
     assert sum(case.nbytes >= LARGE for case in listed) > 10
     shared: dict[str, tuple[Any, ...]] = {}
@@ -176,13 +179,10 @@ def test_the_report_says_what_was_met_and_what_was_not() -> None:
 def fake_build(size: int) -> Any:
     def build(graphs: str, target: str, out: Path) -> Path:
         assert target == "cuda"
-        assert {file.stem for file in Path(graphs).glob("*.onnx")} == {
-            "forward",
-            "inference",
-            "backward",
-        }
+        kinds = {file.stem for file in Path(graphs).glob("*.onnx")}
+        assert {"forward", "inference", "backward", "backward_from_output"} <= kinds
         out.mkdir(parents=True)
-        (out / "manifest.json").write_bytes(b" " * size)
+        (out / "manifest.json").write_bytes(np.random.default_rng(0).bytes(size))
         return out
 
     return build
@@ -202,7 +202,12 @@ def test_a_pack_holds_artifacts_wheels_and_the_script(
         tmp_path / "p", repository, chosen=chosen, wheels=fake_wheels, progress=said.append
     )
     names = {case.name for case in chosen}
-    assert {path.name for path in (out / "artifacts").iterdir()} == names
+    assert not (out / "artifacts").exists()
+    for _ in range(2):  # unpacked once
+        assert {path.name for path in gpu_check.unpacked(out).iterdir()} == names
+    assert not (out / "artifacts.part").exists()
+    manifest = gpu_check.unpacked(out) / chosen[0].name / "manifest.json"
+    assert manifest.read_bytes() == np.random.default_rng(0).bytes(10)
     assert (out / "wheels" / "normgraph.whl").exists()
     assert os.access(out / "gpu_check", os.X_OK)
     assert set(json.loads((out / "pack.json").read_text())["names"]) == names
@@ -228,6 +233,21 @@ def test_without_a_device_it_says_so(
     monkeypatch.setattr("sys.argv", ["gpu_check"])
     assert gpu_check.main() == 4
     assert "there is no CUDA driver" in capsys.readouterr().err
+
+
+def test_it_starts_with_nothing_but_python(no_driver: None) -> None:
+    """Where NumPy and tvm_ffi are missing too, it gets as far as to say that no device is here."""
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'tvm_ffi', 'torch', 'onnx', 'tvm', 'ml_dtypes'):\n"
+        "    sys.modules[name] = None\n"
+        "from normgraph.scripts import gpu_check\n"
+        "sys.exit(gpu_check.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "there is no CUDA driver" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_torch_without_cuda_is_told(

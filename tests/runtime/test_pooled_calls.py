@@ -84,10 +84,7 @@ def test_outputs_given_to_the_next_call(
     toy: Any, pool: OutputPool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are known to share no memory, so they cost no more than arrays of their own."""
-    if dtype == "bfloat16":
-        native = pytest.importorskip("ml_dtypes").bfloat16
-    else:
-        native = np.float32
+    native = np.float32 if dtype == "float32" else pytest.importorskip("ml_dtypes").bfloat16
     op = toy.operator(dtype)
     inputs = toy.inputs("backward", length=LENGTH, dtype=native)
     given = op.backward(*inputs)._asdict()
@@ -105,8 +102,8 @@ def test_outputs_given_to_the_next_call(
     np.testing.assert_array_equal(pooled[1].astype(np.float64), answers["dx"])
     with pytest.raises(ArgumentError, match="memory"):
         op.backward(pooled[0], *inputs[1:], out={"dx": pooled[0]})
+    flat = pooled.reshape(-1)[1 : found.dx.size + 1].reshape(found.dx.shape)
     with pytest.raises(ArgumentError, match="memory"):
-        flat = pooled.reshape(-1)[1 : found.dx.size + 1].reshape(found.dx.shape)
         op.backward(pooled[0], *inputs[1:], out={"dx": flat})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 import tvm_ffi
 
 import normgraph as ng
-from normgraph import cuda_memory
+from normgraph import cuda_memory, dlpack_types
 from normgraph.compile import cuda_compilers
 from normgraph.compile.cuda_compilers import Image
 from normgraph.graphs import reference
@@ -43,10 +44,12 @@ class EmulatedCompiler:
     def __init__(self, emulator: Any) -> None:
         self.emulator = emulator
         self.text = ""
+        self._one = threading.Lock()
 
     def compile(self, text: str, arch: str) -> Image:
-        self.text = text
-        return Image(arch, bytes(self.emulator.compile(text).path) + b"\0", "")
+        with self._one:
+            self.text = text
+            return Image(arch, bytes(self.emulator.compile(text).path) + b"\0", "")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Device:
         data = None if role == OUTPUT else ctypes.c_void_p(array.ctypes.data)
         size, granule = ctypes.c_size_t(array.nbytes), array.itemsize
         at = self.driver.simt_allocate(name.encode(), role, size, granule, misaligned, data)
-        code = cuda_memory.BFLOAT if array.dtype == ml_dtypes.bfloat16 else cuda_memory.FLOAT
+        code = dlpack_types.BFLOAT if array.dtype == ml_dtypes.bfloat16 else dlpack_types.FLOAT
         memory = cuda_memory.Memory(array.shape, code, 8 * array.itemsize, 0, at)
         return tvm_ffi.from_dlpack(memory), at
 
