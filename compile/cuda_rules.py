@@ -25,7 +25,7 @@ Strategy. The host part of the function looks at the sizes and takes the first k
  8. Each output has a request of two bits, the same for all threads: what is not asked for is
     neither loaded for, added up nor stored, and what is asked for in addition is added.
  9. Registers are for elements: half types are held as they came, and what a pass needs of places
-    and conversions it makes again (`Tile.fresh`). No kernel spills.
+    and conversions it makes again (`Tile.fresh`).
 
 Roofline. A, the bytes of one array; B, the bandwidth of device memory; L, that of a launch (about
 1 us on the device behind another kernel); everything is bound by bytes.
