@@ -243,6 +243,27 @@ def on_device() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def operator(instance_norm: Path) -> Any:
+    """That artifact, loaded."""
+    return ng.load(instance_norm)
+
+
+@pytest.fixture
+def given(on_device: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """given(device=0, **replaced): the inputs of a backward call of it, x (2, 6, 4, 5)."""
+
+    def make(device: int = 0, **replaced: Any) -> dict[str, Any]:
+        rng = np.random.default_rng(5)
+        whole, stat = (2, 6, 4, 5), (2, 6, 1, 1)
+        shapes = {"dy": whole, "x": whole, "gamma": (6,), "mean": stat}
+        values = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        values["inv_std"] = np.abs(rng.standard_normal(stat)) + 0.5
+        return {**{n: on_device(v, device) for n, v in values.items()}, **replaced}
+
+    return make
+
+
+@pytest.fixture
 def on_host() -> Callable[[Any], Array]:
     """on_host(tensor): the values of a float32 tensor."""
     return lambda tensor: cuda_arrays.memory_view(tensor, "float32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,25 +42,6 @@ class Strided(Foreign):
         strides = ctypes.c_void_p.from_address(address + 32).value
         ctypes.c_int64.from_address(strides or 0).value = 2
         return capsule
-
-
-@pytest.fixture
-def operator(instance_norm: Path) -> Any:
-    return ng.load(instance_norm)
-
-
-@pytest.fixture
-def given(on_device: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """given(device=0): the inputs of a backward call."""
-
-    def make(device: int = 0, **replaced: Any) -> dict[str, Any]:
-        rng = np.random.default_rng(5)
-        shapes = {"dy": SHAPE, "x": SHAPE, "gamma": (6,), "mean": (2, 6, 1, 1)}
-        values = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-        values["inv_std"] = np.abs(rng.standard_normal((2, 6, 1, 1))) + 0.5
-        return {**{n: on_device(v, device) for n, v in values.items()}, **replaced}
-
-    return make
 
 
 def test_outputs_come_on_the_device_of_the_inputs(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tvm_ffi
 
-import normgraph as ng
 from normgraph.errors import ArgumentError, DeviceError
 
-SHAPE, STAT = (2, 6, 4, 5), (2, 6, 1, 1)
+SHAPE = (2, 6, 4, 5)
 
 
 class Foreign:
@@ -27,25 +25,6 @@ class Foreign:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self._tensor.device.index
-
-
-@pytest.fixture
-def operator(instance_norm: Path) -> Any:
-    return ng.load(instance_norm)
-
-
-@pytest.fixture
-def given(on_device: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """given(device=0): the inputs of a backward call."""
-
-    def make(device: int = 0, **replaced: Any) -> dict[str, Any]:
-        rng = np.random.default_rng(5)
-        shapes = {"dy": SHAPE, "x": SHAPE, "gamma": (6,), "mean": STAT}
-        values = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-        values["inv_std"] = np.abs(rng.standard_normal(STAT)) + 0.5
-        return {**{n: on_device(v, device) for n, v in values.items()}, **replaced}
-
-    return make
 
 
 def test_it_writes_the_same_arrays_and_only_launches(
