@@ -54,27 +54,67 @@ std::set<std::string> cpu_flags() {
   return {};
 }
 
+// Linux's names of CPU features where LLVM has another one and they differ in more than dots and
+// dashes.
+const std::map<std::string, std::string> kLinuxNames = {
+#if defined(__x86_64__)
+    {"64bit", "lm"},
+    {"avx512bf16", "avx512_bf16"},
+    {"avx512bitalg", "avx512_bitalg"},
+    {"avx512fp16", "avx512_fp16"},
+    {"avx512vbmi2", "avx512_vbmi2"},
+    {"avx512vnni", "avx512_vnni"},
+    {"avx512vp2intersect", "avx512_vp2intersect"},
+    {"avx512vpopcntdq", "avx512_vpopcntdq"},
+    {"avxvnni", "avx_vnni"},
+    {"bmi", "bmi1"},
+    {"crc32", "sse4_2"},
+    {"lzcnt", "abm"},
+    {"pclmul", "pclmulqdq"},
+    {"prfchw", "3dnowprefetch"},
+    {"rdrnd", "rdrand"},
+    {"sahf", "lahf_lm"},
+    {"sha", "sha_ni"},
+    {"shstk", "user_shstk"},
+    {"sse3", "pni"},
+    {"x87", "fpu"},
+#elif defined(__aarch64__)
+    {"complxnum", "fcma"},
+    {"crc", "crc32"},
+    {"dotprod", "asimddp"},
+    {"fp-armv8", "fp"},
+    {"fp16fml", "asimdfhm"},
+    {"fptoint", "frint"},
+    {"fullfp16", "asimdhp"},
+    {"jsconv", "jscvt"},
+    {"lse", "atomics"},
+    {"lse2", "uscat"},
+    {"neon", "asimd"},
+    {"rcpc", "lrcpc"},
+    {"rdm", "asimdrdm"},
+#endif
+};
+
+// Whether Linux reports a feature that LLVM calls `name`.
+bool has_feature(const std::set<std::string>& flags, const std::string& name) {
+  std::string plain = name;
+  for (char& letter : plain) {
+    if (letter == '.' || letter == '-') letter = '_';
+  }
+  auto other = kLinuxNames.find(name);
+  return flags.count(plain) || (other != kLinuxNames.end() && flags.count(other->second));
+}
+
 // Whether this CPU has what a library's target needs, which the manifest lists in LLVM's names.
 bool runs_here(const json::Value& target) {
   static const std::set<std::string> flags = cpu_flags();
-  static const std::map<std::string, std::string> linux_names = {
-      {"bmi", "bmi1"},   {"lzcnt", "abm"},        {"neon", "asimd"},
-      {"sse3", "pni"},   {"sahf", "lahf_lm"},     {"64bit", "lm"},
-      {"x87", "fpu"},    {"sha", "sha_ni"},       {"pclmul", "pclmulqdq"},
-      {"crc32", "sse4_2"}, {"rdrnd", "rdrand"},   {"prfchw", "3dnowprefetch"}};
 #if defined(__x86_64__)
   if (text(target, "triple").rfind("x86_64-", 0) != 0) return false;
 #elif defined(__aarch64__)
   if (text(target, "triple").rfind("aarch64-", 0) != 0) return false;
 #endif
   for (const json::Value& each : field(target, "features").cast<json::Array>()) {
-    std::string name = each.cast<ffi::String>();
-    auto other = linux_names.find(name);
-    if (other != linux_names.end()) name = other->second;
-    if (name == "sse4.1" || name == "sse4.2") name[4] = '_';
-    // Later AVX-512 extensions: avx512bf16 is avx512_bf16, avx512bw is as it is.
-    std::string apart = name.rfind("avx512", 0) == 0 ? "avx512_" + name.substr(6) : name;
-    if (!flags.count(name) && !flags.count(apart)) return false;
+    if (!has_feature(flags, each.cast<ffi::String>())) return false;
   }
   return true;
 }

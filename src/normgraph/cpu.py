@@ -21,7 +21,7 @@ LEVELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 # LLVM's feature names where Linux uses another one.
-_LINUX_NAMES = {
+LINUX_NAMES: Mapping[str, str] = {
     "64bit": "lm",
     "avx512bf16": "avx512_bf16",
     "avx512bitalg": "avx512_bitalg",
@@ -126,7 +126,7 @@ def machine() -> str:
 def has_feature(feature: str, flags: Collection[str]) -> bool:
     """Whether Linux's `flags` hold a feature that LLVM calls `feature`."""
     plain = feature.replace(".", "_").replace("-", "_")
-    return _LINUX_NAMES.get(feature, plain) in flags or plain in flags
+    return LINUX_NAMES.get(feature, plain) in flags or plain in flags
 
 
 def vector_bytes(features: Collection[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from normgraph import NormSpec
+from normgraph import NormSpec, cpu
 
 OUTPUTS = ["y", "mean", "inv_std", "dx", "dgamma", "dbeta"]
 SHAPE = ("N", 3, "H", "W")
@@ -99,6 +100,14 @@ def test_no_library_for_this_cpu(
     done = run_program(programs.cc, copied(ask_for_more), photo)
     assert done.returncode == 3
     assert "no library of the artifact runs on this CPU" in done.stderr
+
+
+def test_the_names_of_features_are_the_runtimes(repository: Path) -> None:
+    """The example knows a CPU by the same names, also those that this machine has not."""
+    source = (repository / "examples" / "cpp" / "normalize.cc").read_text()
+    pairs = re.findall(r'\{"([^"]+)", "([^"]+)"\}', source)
+    assert dict(pairs) == cpu.LINUX_NAMES
+    assert len(pairs) == len(cpu.LINUX_NAMES)
 
 
 def test_the_best_library_of_several_is_taken(
