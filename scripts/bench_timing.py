@@ -46,7 +46,8 @@ def set_heap(*, warm: bool) -> bool:
         return False
     if warm:
         libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        # Never; the largest number it takes is passed by two arrays of 1 GB.
+        libc.mallopt(_TRIM_THRESHOLD, -1)
     else:
         libc.mallopt(_MMAP_MAX, 65536)
         libc.mallopt(_MMAP_THRESHOLD, 128 * 1024)

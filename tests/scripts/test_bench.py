@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -192,6 +194,30 @@ def test_calls_take_turns() -> None:
     )
     assert "".join(order) == ("aaaa" + "bbbb") * 3
     assert {name: timing.calls for name, timing in found.items()} == {"a": 6, "b": 6}
+
+
+HEAP = """
+import resource
+from pathlib import Path
+import numpy as np
+from normgraph.scripts.bench_timing import set_heap
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+
+large, before = 5 << 29, held()
+if set_heap(warm=True):
+    array = np.empty(large, np.uint8)
+    del array
+    assert held() >= before + large
+    set_heap(warm=False)
+    assert held() < before + large // 2
+"""
+
+
+def test_a_warm_heap_keeps_what_is_freed() -> None:
+    """However much it is: nobody writes to these bytes, so that they take no memory."""
+    subprocess.run([sys.executable, "-c", HEAP], check=True)
 
 
 def test_waiting_for_quiet_ends() -> None:
