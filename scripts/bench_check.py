@@ -22,15 +22,10 @@ def check(
 ) -> None:
     """Raise AccuracyError where a result of the peer is far from float64.
 
-    Ten times the tolerance of our own kernels: enough to catch a peer that computes another thing.
-    One that keeps its steps in x's dtype has the same tolerance in units of that dtype.
+    Enough to catch a peer that computes another thing: see `slack_of`.
     """
-    slack = 0.5 * float(ulp(np.ones(()), dtype)) / ROUNDOFF[dtype] if peer.coarse else 1.0
-    given = {name: value for name, value in peer.call().items() if name in want}
-    if not given and not peer.limit:
-        raise AccuracyError(f"{peer.name}, {kind}: gave none of {', '.join(want)}")
-    for name, value in given.items():
-        share = max(10.0, slack) * relative(name, dtype, conditions)
+    for name, value in results_of(peer, kind, want).items():
+        share = slack_of(peer, dtype) * relative(name, dtype, conditions)
         bound = share * scale_of(name, want[name], conditions)
         error = worst_outside(as_numpy(value), want[name], bound, dtype)
         if error is not None:
@@ -38,6 +33,23 @@ def check(
                 f"{peer.name}, {kind}, {name}: expected float64's answer within {bound:.1e}, "
                 f"got one off by {error:.1e}"
             )
+
+
+def results_of(peer: Peer, kind: str, want: Mapping[str, Array]) -> dict[str, Any]:
+    """What one call of the peer gives of what is wanted; AccuracyError where that is nothing."""
+    given = {name: value for name, value in peer.call().items() if name in want}
+    if not given and not peer.limit:
+        raise AccuracyError(f"{peer.name}, {kind}: gave none of {', '.join(want)}")
+    return given
+
+
+def slack_of(peer: Peer, dtype: str) -> float:
+    """How many times the tolerance of our own kernels a peer has: ten.
+
+    One that keeps its steps in x's dtype has the same tolerance in units of that dtype.
+    """
+    slack = 0.5 * float(ulp(np.ones(()), dtype)) / ROUNDOFF[dtype] if peer.coarse else 1.0
+    return max(10.0, slack)
 
 
 def worst_outside(found: Array, want: Array, bound: float, dtype: str) -> float | None:

@@ -11,8 +11,10 @@ from normgraph.scripts.bench_peers import DX_ALONE, OURS, OURS_BOUND
 from normgraph.scripts.bench_report import (
     BenchReport,
     Row,
+    libraries,
     machine_line,
     markdown_table,
+    not_timed,
     overhead_lines,
 )
 
@@ -81,7 +83,7 @@ def document(measured: Measured, command: str, causes: Causes, plots: Sequence[s
         machine_line(machine),
         "Versions: "
         + ", ".join(f"{name} {each}" for name, each in first.versions.items())
-        + _libraries(measured)
+        + libraries(row.peer for _, report in measured for row in report.rows if row.timing)
         + ".",
         f"Threads: {_threads(measured)}.",
     ]
@@ -184,16 +186,12 @@ def _row(report: BenchReport, kind: str, peer: str, heap: str) -> Row | None:
 
 def _missing(measured: Measured) -> list[str]:
     """Each reason once, with whom it kept from what."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for case, report in measured:
-        for row in report.rows:
-            if row.timing is None:
-                said = (row.peer, row.reason)
-                found.setdefault(said, []).append(f"{case.spec.op} {row.kind} {case.dtype}")
-    return [
-        f"- {peer}: {reason} ({', '.join(dict.fromkeys(where))})"
-        for (peer, reason), where in found.items()
-    ]
+    return not_timed(
+        (row.peer, row.reason, f"{case.spec.op} {row.kind} {case.dtype}")
+        for case, report in measured
+        for row in report.rows
+        if row.timing is None
+    )
 
 
 def _beside(measured: Measured) -> list[str]:
@@ -214,11 +212,6 @@ def _beside(measured: Measured) -> list[str]:
             f"({taken[0]:.1f} to {taken[-1]:.1f})"
         )
     return lines
-
-
-def _libraries(measured: Measured) -> str:
-    names = {row.peer.split(",")[0] for _, report in measured for row in report.rows if row.timing}
-    return "".join(f", {name}" for name in sorted(names) if name.startswith("oneDNN"))
 
 
 def _threads(measured: Measured) -> str:

@@ -2,10 +2,8 @@
 
 Seeded shapes of all five operators, odd sizes included, x from 4 KB to 64 MB. One artifact is built
 for each operator and channel count (or row length) drawn, every other extent left open, and serves
-all shapes that have it. Our kernel writes into given outputs; a peer that gives fresh ones has them
-from a warm heap; one whose arrays were bound beforehand is held against ours bound. The best peer
-is the one with the worst ratio for us. A row is slower when our median lies above that peer's 80th
-percentile; such a row is timed once more, for longer, before it counts.
+all shapes that have it. Who is held against what, and when a row is slower, is said in
+`bench_contest`.
 """
 
 from __future__ import annotations
@@ -13,35 +11,34 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import normgraph
 from normgraph.errors import NormGraphError
 from normgraph.scripts.argument_types import names_of, path, seconds, whole, wholes
+from normgraph.scripts.bench_contest import FRESH, LIMIT, Contest, contest
 from normgraph.scripts.bench_document import CAUSES, read_causes
-from normgraph.scripts.bench_peers import OURS, OURS_BOUND, Peer
+from normgraph.scripts.bench_peers import OURS, OURS_BOUND
 from normgraph.scripts.bench_random_report import Result, as_json, as_text, document
 from normgraph.scripts.bench_report import Row, machine
 from normgraph.scripts.bench_roster import (
     Extras,
     bytes_moved,
     gather,
-    makers,
+    limit_makers,
+    own_makers,
+    row_major_makers,
     scene_of,
 )
 from normgraph.scripts.bench_shapes import Draw, draw
 from normgraph.scripts.bench_threads import bound, cores, prepare
-from normgraph.scripts.bench_timing import Timing, set_heap, time_apart
 from normgraph.scripts.console import Progress, log
 from normgraph.scripts.outputs import check_outputs, write
 from normgraph.scripts.verify_inputs import Case, Inputs
 from normgraph.spec import DTYPES, OPERATORS
 
 KINDS = ("forward", "inference", "backward")
-FRESH = "normgraph, fresh outputs"
-# A peer this many times slower in a first look is not timed further.
-_HOPELESS = 2.0
 
 
 def measure(
@@ -82,77 +79,22 @@ def measure(
                 for kind in kinds:
                     scene = scene_of(path, operator, kind, inputs, count, own_threads)
                     named = [
-                        (name, make)
-                        for name, make in makers(
-                            scene, Extras(stock=False, compiled=compiled, onednn=False)
-                        )
-                        if not name.startswith(("normgraph, dx", "memory limit, "))
+                        *own_makers(scene),
+                        *row_major_makers(scene, Extras(compiled=compiled)),
+                        limit_makers(scene)[0],
                     ]
                     peers, missing = gather(named, scene)
                     moved = bytes_moved(kind, scene.given)
                     with bound(count):
-                        timings = contest(peers, rounds, seconds)
-                    results.append(
-                        _result(each, kind, dtype, timings, against(peers), missing, moved)
-                    )
+                        found = contest(peers, rounds, seconds)
+                    results.append(_result(each, kind, dtype, found, missing, moved))
     return sorted(results, key=lambda result: result.number)
 
 
-def _label(peer: Peer) -> str:
-    if peer.limit:
-        return "limit"
-    return FRESH if peer.name == OURS and peer.fresh else peer.name
-
-
-def against(peers: Sequence[Peer]) -> dict[str, str]:
-    """For each rival our call of the same sort."""
-    return {
-        peer.name: OURS_BOUND if peer.bound else OURS
-        for peer in peers
-        if not peer.limit and peer.name not in (OURS, OURS_BOUND)
-    }
-
-
-def contest(peers: Sequence[Peer], rounds: int, seconds: float) -> dict[str, Timing]:
-    """A first look at everybody, then ours and those not far behind; more where ours loses."""
-    calls = {_label(peer): peer.call for peer in peers}
-    set_heap(warm=True)
-    try:
-        found = time_apart(calls, rounds=1, seconds=seconds / 2)
-        ours = against(peers)
-        near = {
-            name: call
-            for name, call in calls.items()
-            if found[name].best < _HOPELESS * found[ours.get(name, OURS)].median
-        }
-        found |= time_apart(near, rounds=rounds, seconds=seconds)
-        best = _best(found, ours)
-        if best is not None and found[ours[best]].median > found[best].high:
-            found |= time_apart(near, rounds=3 * rounds, seconds=2 * seconds)
-    finally:
-        set_heap(warm=False)
-    return found
-
-
-def _best(timings: Mapping[str, Timing], ours: Mapping[str, str]) -> str | None:
-    """The peer that is the fastest beside our call of the same sort; None without peers."""
-    return min(
-        ours, key=lambda name: timings[name].median / timings[ours[name]].median, default=None
-    )
-
-
 def _result(
-    each: Draw,
-    kind: str,
-    dtype: str,
-    timings: Mapping[str, Timing],
-    ours: Mapping[str, str],
-    missing: Sequence[Row],
-    moved: int,
+    each: Draw, kind: str, dtype: str, found: Contest, missing: Sequence[Row], moved: int
 ) -> Result:
-    best = _best(timings, ours)
-    mine = timings[OURS if best is None else ours[best]]
-    rival = mine if best is None else timings[best]
+    timings = found.timings
     return Result(
         number=each.number,
         op=each.spec.op,
@@ -164,13 +106,13 @@ def _result(
         ours=timings[OURS],
         bound=timings[OURS_BOUND],
         fresh=timings[FRESH],
-        limit=timings.get("limit"),
-        best_peer=best or "",
-        ratio=mine.median / rival.median,
-        slower=mine.median > rival.high,
+        limit=timings.get(LIMIT),
+        best_peer=found.best or "",
+        ratio=found.ratio,
+        slower=found.slower,
         gigabytes_per_second=moved / timings[OURS].median / 1e9,
-        peers={name: timings[name] for name in ours},
-        bound_peers=tuple(name for name in ours if ours[name] == OURS_BOUND),
+        peers={name: timings[name] for name in found.ours},
+        bound_peers=tuple(name for name, ours in found.ours.items() if ours == OURS_BOUND),
         missing={row.peer: row.reason for row in missing},
     )
 

@@ -10,7 +10,12 @@ from typing import Any
 
 from normgraph.scripts.bench import all_versions
 from normgraph.scripts.bench_document import Causes
-from normgraph.scripts.bench_report import machine_line, markdown_table
+from normgraph.scripts.bench_report import (
+    libraries,
+    machine_line,
+    markdown_table,
+    not_timed,
+)
 from normgraph.scripts.bench_timing import Timing
 from normgraph.scripts.console import table as text_table
 
@@ -18,15 +23,23 @@ _INTRODUCTION = """\
 # Random shapes
 
 Written by `{command}`. Seeded shapes of all operators, odd sizes included, each kind a row, against
-every peer that takes the arrays row by row, from a warm heap. Every artifact has one channel count
-or row length and leaves the other extents open. Every result was checked against float64 before it
-was timed.
+the peers that take the arrays row by row, from a warm heap: {peers}.
+Left out: {left_out}. Every artifact has one channel count or row length and leaves the other
+extents open. Every result was checked against float64 before it was timed; what was not timed is
+listed at the end, with the reasons.
 
 Each peer is held against our call of the same sort: onnxruntime, whose arrays are bound beforehand
 (`io_binding`), against ours bound (`Operator.bind`), every other against ours with outputs given.
 Ratio: our median over the peer's; the best peer is the one with the largest. A row is slower when
 our median lies above the best peer's 80th percentile, in a first contest and in a longer second
 one."""
+_PEERS = (
+    "torch eager, instance_norm also as a group_norm",
+    "onnxruntime, on the same graph and by its own operator",
+    "oneDNN's own operators",
+)
+_LEFT_OUT = ("oneDNN's blocked layouts", "stock TVM")
+_COMPILED = "torch.compile"
 
 # Bytes moved: within the first two caches of a core, within the last, and beyond.
 _CLASSES = (("up to 1 MB", 0.0, 1e6), ("1 to 32 MB", 1e6, 32e6), ("above", 32e6, float("inf")))
@@ -130,11 +143,21 @@ def document(
 ) -> str:
     """The whole document."""
     slower = sorted((each for each in results if each.slower), key=lambda each: -each.ratio)
+    compiled = any(_COMPILED in (*each.peers, *each.missing) for each in results)
+    left_out = _LEFT_OUT if compiled else (*_LEFT_OUT, f"{_COMPILED} (`--compiled` takes it in)")
+    peers = (*_PEERS, _COMPILED) if compiled else _PEERS
     lines = [
-        _INTRODUCTION.format(command=command),
+        _INTRODUCTION.format(
+            command=command,
+            peers="; ".join(peers),
+            left_out=", ".join(left_out),
+        ),
         "",
         machine_line(about),
-        "Versions: " + ", ".join(f"{name} {each}" for name, each in all_versions().items()) + ".",
+        "Versions: "
+        + ", ".join(f"{name} {each}" for name, each in all_versions().items())
+        + libraries(name for each in results for name in each.peers)
+        + ".",
         "",
         f"{len(results)} rows, {len(slower)} of them slower.",
         "",
@@ -142,6 +165,13 @@ def document(
     ]
     if slower:
         lines += ["", "## Slower", "", *_slower(slower, causes)]
+    missing = not_timed(
+        (peer, reason, f"{each.op} {each.kind}")
+        for each in results
+        for peer, reason in each.missing.items()
+    )
+    if missing:
+        lines += ["", "## Not timed", "", *missing]
     return "\n".join(lines) + "\n"
 
 

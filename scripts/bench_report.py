@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,23 @@ def machine_line(about: Mapping[str, Any]) -> str:
         f"Machine: {about['processor']}, {about['cores']} cores, {about['system']}, Python "
         f"{about['python']}, load {about['load']} before the start, nice {about['nice']}."
     )
+
+
+def libraries(peers: Iterable[str]) -> str:
+    """Those of the peers that say their version in their name: `, oneDNN 3.9.9`, or nothing."""
+    names = {name.split(",")[0] for name in peers if name.startswith("oneDNN ")}
+    return "".join(f", {name}" for name in sorted(names))
+
+
+def not_timed(missing: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Each reason once, as a line of a list: of peers, reasons, and where they hold."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for peer, reason, where in missing:
+        found.setdefault((peer, reason), []).append(where)
+    return [
+        f"- {peer}: {reason} ({', '.join(dict.fromkeys(places))})"
+        for (peer, reason), places in found.items()
+    ]
 
 
 def _processor() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,69 +76,83 @@ def scene_of(
 
 def makers(scene: Scene, extras: Extras) -> list[Maker]:
     """What makes each peer, under the name it has where it cannot be made."""
-    operator, kind, threads, own = scene.operator, scene.kind, scene.threads, scene.own_threads
-    spec, given, full = operator.spec, scene.given, scene.full
-    graph = scene.path / operator.manifest["kinds"][kind]["graph"]["file"]
-    found: list[Maker] = [
-        *own_makers(scene),
-        ("torch eager", lambda: bench_torch.torch_eager(spec, kind, full, threads)),
-        ("onnxruntime, same graph", lambda: bench_ort.same_graph(graph, kind, given, threads)),
-        ("onnxruntime, own operator", lambda: bench_ort.own_operator(spec, kind, full, threads)),
-    ]
-    if spec.op == "instance_norm":
-        found.insert(
-            4,
-            (
-                "torch eager, as group_norm",
-                lambda: bench_torch.torch_as_group_norm(spec, kind, full, threads),
-            ),
-        )
+    operator, kind, own = scene.operator, scene.kind, scene.own_threads
+    found = own_makers(scene)
     if kind.startswith("backward"):
-        found.insert(
-            3,
-            (DX_ALONE, lambda: bench_peers.dx_alone(operator, kind, given, own, scene.outputs)),
-        )
-    if extras.onednn:
-        found += _onednn_makers(scene)
-    if extras.compiled and (spec.op == "batch_norm" or kind != "inference"):
         found.append(
-            ("torch.compile", lambda: bench_torch.torch_compiled(spec, kind, full, threads))
+            (
+                DX_ALONE,
+                lambda: bench_peers.dx_alone(operator, kind, scene.given, own, scene.outputs),
+            )
         )
+    found += row_major_makers(scene, extras)
+    if extras.onednn and operator.spec.op == "batch_norm":
+        found += _blocked_makers(scene)
     if extras.stock:
         found.append(("stock TVM", lambda: _stock(scene)))
     return [*found, *limit_makers(scene)]
 
 
-def _onednn_makers(scene: Scene) -> list[Maker]:
-    spec, kind, threads = scene.operator.spec, scene.kind, scene.threads
-    arrays = {**scene.full, **scene.given}
+def row_major_makers(scene: Scene, extras: Extras) -> list[Maker]:
+    """The peers that take the arrays row by row as ours do, but for stock TVM."""
+    operator, kind, threads = scene.operator, scene.kind, scene.threads
+    spec, given, full = operator.spec, scene.given, scene.full
+    graph = scene.path / operator.manifest["kinds"][kind]["graph"]["file"]
     found: list[Maker] = [
-        (
-            "oneDNN, row-major",
-            lambda: bench_onednn.onednn(spec, kind, arrays, threads, blocked=False),
-        )
+        ("torch eager", lambda: bench_torch.torch_eager(spec, kind, full, threads)),
     ]
-    if spec.op == "batch_norm":
-        found += [
+    if spec.op == "instance_norm":
+        found.append(
             (
-                "oneDNN, blocked",
-                lambda: bench_onednn.onednn(spec, kind, arrays, threads, blocked=True),
-            ),
+                "torch eager, as group_norm",
+                lambda: bench_torch.torch_as_group_norm(spec, kind, full, threads),
+            )
+        )
+    found += [
+        ("onnxruntime, same graph", lambda: bench_ort.same_graph(graph, kind, given, threads)),
+        ("onnxruntime, own operator", lambda: bench_ort.own_operator(spec, kind, full, threads)),
+    ]
+    if extras.onednn:
+        arrays = {**full, **given}
+        found.append(
             (
-                "oneDNN in torch, blocked",
-                lambda: bench_onednn.torch_blocked(spec, kind, arrays, threads),
-            ),
-        ]
+                "oneDNN, row-major",
+                lambda: bench_onednn.onednn(spec, kind, arrays, threads, blocked=False),
+            )
+        )
+    if extras.compiled and (spec.op == "batch_norm" or kind != "inference"):
+        found.append(
+            ("torch.compile", lambda: bench_torch.torch_compiled(spec, kind, full, threads))
+        )
     return found
 
 
-def own_makers(scene: Scene) -> list[Maker]:
-    """Our kernels, into given arrays, with fresh outputs, and with all arrays bound."""
+def _blocked_makers(scene: Scene) -> list[Maker]:
+    spec, kind, threads = scene.operator.spec, scene.kind, scene.threads
+    arrays = {**scene.full, **scene.given}
+    return [
+        (
+            "oneDNN, blocked",
+            lambda: bench_onednn.onednn(spec, kind, arrays, threads, blocked=True),
+        ),
+        (
+            "oneDNN in torch, blocked",
+            lambda: bench_onednn.torch_blocked(spec, kind, arrays, threads),
+        ),
+    ]
+
+
+def own_makers(scene: Scene, *, fresh: bool = True) -> list[Maker]:
+    """Our kernels, into given arrays, with fresh outputs (or not), and with all arrays bound."""
     operator, kind, given, own = scene.operator, scene.kind, scene.given, scene.own_threads
     out = scene.outputs
-    return [
+    found: list[Maker] = [
         (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=False, out=out)),
-        (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=True)),
+    ]
+    if fresh:
+        found.append((OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=True)))
+    return [
+        *found,
         (OURS_BOUND, lambda: bench_peers.ours_bound(operator, kind, given, own, out)),
     ]
 
@@ -166,20 +180,43 @@ def gather(named: Sequence[Maker], scene: Scene) -> tuple[list[Peer], list[Row]]
     """
     want = reference.run(scene.operator.spec, scene.kind, scene.given)
     conditions = scene.inputs.conditions(scene.kind)
-    peers: list[Peer] = []
-    missing: list[Row] = []
+    reasons: dict[str, str] = {}
+
+    def right(peer: Peer) -> None:
+        check(peer, scene.kind, want, scene.operator.dtype, conditions)
+
+    peers = list(one_by_one(named, right, reasons))
+    missing = [
+        Row(scene.kind, name, "", scene.threads, reason=why) for name, why in reasons.items()
+    ]
+    return peers, missing
+
+
+def one_by_one(
+    named: Sequence[Maker], right: Callable[[Peer], None], missing: dict[str, str]
+) -> Iterator[Peer]:
+    """Each peer that can be made and is `right`, made when it is asked for.
+
+    `missing` is given the reason of every other. Raises as `gather` does. No peer is held here
+    while the next is made: one that nobody kept has given its memory back by then.
+    """
     for name, make in named:
         try:
-            peer = make()
-            check(peer, scene.kind, want, scene.operator.dtype, conditions)
+            peer = _made(make, right)
         except Exception as error:
             # Ours must be right to be held against anybody; what another cannot do is its own.
             if name in (OURS, OURS_BOUND, DX_ALONE):
                 raise
-            missing.append(Row(scene.kind, name, "", scene.threads, reason=reason(error)))
+            missing[name] = reason(error)
             continue
-        peers.append(peer)
-    return peers, missing
+        yield peer
+        del peer
+
+
+def _made(make: Callable[[], Peer], right: Callable[[Peer], None]) -> Peer:
+    peer = make()
+    right(peer)
+    return peer
 
 
 def bytes_moved(kind: str, given: Mapping[str, Array]) -> int:

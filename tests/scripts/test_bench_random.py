@@ -1,4 +1,4 @@
-"""Random shapes and the sweep: what is drawn, what counts as slower, what a wrong result does."""
+"""Random shapes: what is drawn, what is timed, and what the document says of it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-import numpy as np
 import pytest
 
 from normgraph import NormSpec
-from normgraph.errors import AccuracyError
-from normgraph.scripts import bench_random, bench_sweep
+from normgraph.scripts import bench_contest, bench_random
 from normgraph.scripts.bench_costs import costs_of
 from normgraph.scripts.bench_peers import Peer
 from normgraph.scripts.bench_random import measure
@@ -74,6 +72,10 @@ def test_rows_have_ours_a_peer_and_the_limit(results: list[Result]) -> None:
         assert each.ratio == pytest.approx(max(ratios.values()))
         assert each.ratio == pytest.approx(each.same_sort.median / best.median)
         assert each.slower == (each.same_sort.median > best.high)
+        # The same where it is not installed, with the reason; its name has its version where it is.
+        (onednn,) = (n for n in (*each.peers, *each.missing) if n.startswith("oneDNN"))
+        assert onednn.endswith("row-major")
+        assert not {"torch.compile", "stock TVM"} & {*each.peers, *each.missing}
         assert each.limit is not None
         assert each.fresh.calls > 0
 
@@ -99,13 +101,34 @@ def test_the_document_says_why(results: list[Result]) -> None:
     causes = {("rms_norm", "11×9", "forward", "float32"): "as few as that"}
     text = document([first, second, third], "a command", about, causes)
     assert "3 rows, 2 of them slower." in text
+    assert "Left out: oneDNN's blocked layouts, stock TVM, torch.compile (`--compiled`" in text
     assert "| instance_norm | 2 | 0.00 | 0.75 | 1.50 | 1 |" in text
     assert "| up to 1 MB moved | 3 | 0.00 | 1.50 | 3.00 | 2 |" in text
-    rms, instance = text.splitlines()[-2:]
+    lines = text.splitlines()
+    end = lines.index("## Not timed") - 1
+    rms, instance = lines[end - 2 : end]
     assert rms.startswith("| rms_norm | 11×9 | forward |")
     assert rms.endswith("| 3.00 | as few as that |")
     assert instance.endswith("| 1.50 |  |")
     assert "Slower" not in document([first], "a command", about, causes)
+
+
+def test_the_document_says_who_took_part(results: list[Result]) -> None:
+    about = {"processor": "a", "cores": 2, "system": "b", "python": "3", "load": 0.0, "nice": 0}
+    each = replace(
+        results[0],
+        peers={**results[0].peers, "torch.compile": results[0].ours, "oneDNN 3.9.9, row-major":
+               results[0].ours},
+        missing={"onnxruntime, own operator": "it fell asleep"},
+    )  # fmt: skip
+    text = document([each, replace(each, kind="backward")], "a command", about, {})
+    assert "oneDNN's own operators; torch.compile." in text
+    assert "Left out: oneDNN's blocked layouts, stock TVM. " in text
+    assert ", oneDNN 3.9.9." in text
+    assert text.splitlines()[-1] == (
+        "- onnxruntime, own operator: it fell asleep "
+        "(instance_norm forward, instance_norm backward)"
+    )
 
 
 def test_json(results: list[Result]) -> None:
@@ -113,42 +136,6 @@ def test_json(results: list[Result]) -> None:
     assert set(read) == {"machine", "versions", "settings", "rows"}
     assert len(read["rows"]) == len(results)
     assert set(read["rows"][0]["ours"]) == {"median", "low", "high", "best", "calls"}
-
-
-def test_a_row_that_looks_slower_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[tuple[str, ...], int]] = []
-    ours = [2.0, 2.0, 0.5]
-    bound = [0.2, 0.2, 0.2]
-
-    def fake(calls: Any, *, rounds: int, seconds: float) -> Any:
-        place = len(asked)
-        seconds_of = {
-            "normgraph": ours[place], "normgraph, bound": bound[place],
-            "near": 1.0, "far": 99.0, "near, bound": 0.3, "far, bound": 0.5,
-        }  # fmt: skip
-        asked.append((tuple(calls), rounds))
-        return {
-            name: Timing(each, each, each, each, 2)
-            for name in calls
-            for each in [seconds_of.get(name, 1.0)]
-        }
-
-    monkeypatch.setattr(bench_random, "time_apart", fake)
-    peers = [
-        Peer("normgraph", dict, 2, fresh=False),
-        Peer("normgraph, bound", dict, 2, fresh=False, bound=True),
-        Peer("near", dict, 2, fresh=False),
-        Peer("far", dict, 2, fresh=True),
-        Peer("near, bound", dict, 2, fresh=False, bound=True),
-        Peer("far, bound", dict, 2, fresh=False, bound=True),
-    ]
-    found = bench_random.contest(peers, rounds=2, seconds=0.01)
-    near = ("normgraph", "normgraph, bound", "near", "near, bound")
-    assert [set(names) for names, _ in asked] == [
-        {*near, "far", "far, bound"}, set(near), set(near),
-    ]  # fmt: skip
-    assert asked[2][1] > asked[1][1]
-    assert found["normgraph"].median == 0.5
 
 
 @pytest.mark.parametrize(("bound", "best"), [(0.5, "torch"), (0.9, "onnxruntime")])
@@ -165,7 +152,7 @@ def test_each_peer_is_held_against_our_call_of_its_sort(
         return {name: Timing(each, each, 1.05 * each, each, 2)
                 for name in calls for each in [seconds_of[name]]}  # fmt: skip
 
-    monkeypatch.setattr(bench_random, "time_apart", fake)
+    monkeypatch.setattr(bench_contest, "time_apart", fake)
     ours = [
         Peer("normgraph", dict, 2, fresh=False),
         Peer("normgraph", dict, 2, fresh=True),
@@ -187,52 +174,6 @@ def test_each_peer_is_held_against_our_call_of_its_sort(
     assert (found.ours.median, found.bound.median) == (1.0, bound)
     line = as_text([found], all_rows=True).splitlines()[-1]
     assert f"{1e3 * found.same_sort.median:.4f}" in line
-
-
-@pytest.mark.parametrize("family", bench_sweep.FAMILIES, ids=lambda each: each.spec.op)
-def test_shapes_of_the_sweep_have_the_size(family: bench_sweep.Family) -> None:
-    size = bench_sweep.SMALLEST
-    while size <= bench_sweep.LARGEST:
-        shape = family.shape(size)
-        assert 4 * prod(shape) == size
-        for dim, each in zip(family.declared, shape, strict=True):
-            assert isinstance(dim, str) or dim == each
-        size *= bench_sweep.STEP
-
-
-def test_sizes_of_the_sweep_stop_where_memory_does() -> None:
-    assert bench_sweep.sizes(1 << 14) == [1 << 10, 1 << 12, 1 << 14]
-    assert bench_sweep.sizes(1 << 60)[-1] < 1 << 50
-
-
-def test_the_sweep_measures_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a batch repeated four times."""
-    size = 1 << 20
-    monkeypatch.setattr(bench_sweep, "REPEATED", size // 4)
-    monkeypatch.setattr(bench_sweep, "sizes", lambda _: [size])
-    for family in (bench_sweep.FAMILIES[1], bench_sweep.FAMILIES[3]):
-        points = bench_sweep.measure([family], 2, size, 1, 0.0005, lambda _: None)
-        assert [point.kind for point in points] == ["forward", "backward"]
-        for point in points:
-            assert 4 * prod(point.shape) == point.size == size
-            assert "ours" in point.seconds
-            assert set(point.seconds) | set(point.missing) == {"ours", "torch eager", "limit"}
-
-
-@pytest.mark.parametrize("wrong", ["dx", "dgamma"])
-def test_a_repeated_batch_with_one_wrong_part_is_found(
-    wrong: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench_sweep, "REPEATED", 1 << 12)
-    batch = bench_sweep.Batch(NormSpec("layer_norm"), (16, 256))
-    assert batch.times == 4
-    want = {"dx": np.ones((4, 256)), "dgamma": np.ones(256)}
-    good = {"dx": np.ones((16, 256), np.float32), "dgamma": np.full(256, 4, np.float32)}
-    batch.check(Peer("good", lambda: good, 1, fresh=False), "backward", want)
-    bad = {name: array.copy() for name, array in good.items()}
-    bad[wrong][-1] = 2.0
-    with pytest.raises(AccuracyError, match=f"bad, backward, {wrong}"):
-        batch.check(Peer("bad", lambda: bad, 1, fresh=False), "backward", want)
 
 
 def test_costs_beside_the_kernels() -> None:
