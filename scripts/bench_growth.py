@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from normgraph.scripts.bench import all_versions
+from normgraph.scripts.bench_contest import LIMIT
 from normgraph.scripts.bench_costs import Costs
+from normgraph.scripts.bench_document import Causes
+from normgraph.scripts.bench_peers import OURS
 from normgraph.scripts.bench_plot import available, growth
-from normgraph.scripts.bench_report import machine_line, markdown_table
+from normgraph.scripts.bench_report import libraries, machine_line, markdown_table, not_timed
 
 Points = Sequence[Mapping[str, Any]]
 
@@ -21,7 +24,24 @@ Written by `{command}`. Float32, x from 1 KB to 1 GB; instance, batch and group 
 ran in a process of its own. Ours writes into given arrays; torch is eager, its fresh outputs from a
 warm heap, instance_norm as a group_norm; copy and add are torch's, of x, and of dy and x, into a
 given array. Every result was checked before it was timed. Medians.
+
+The best peer is the one with the smallest peer / ours of those that take the arrays row by row:
+torch eager, instance_norm also as it is; onnxruntime, on the same graph and by its own operator;
+oneDNN's own operators. Each is held against our call of the same sort: onnxruntime, whose arrays
+are bound beforehand (`io_binding`), against ours bound (`Operator.bind`), every other against ours
+with outputs given. A peer that took more than twice ours in a first look has the time of that look.
+Left out: torch.compile, stock TVM, and oneDNN's blocked layouts.
 """
+
+_SLOWER = """\
+Where our median lies above the best peer's 80th percentile, in a first contest and in a longer
+second one; worst first. ours: the call of the best peer's sort; ratio: ours over the peer's."""
+# What the lines of the plots are called, and whose times they are: the first that was timed.
+_LINES = {
+    "ours": (OURS,),
+    "torch eager": ("torch eager, as group_norm", "torch eager"),
+    "limit": (LIMIT,),
+}
 
 
 def draw(points: Points, out: Path) -> list[str]:
@@ -35,10 +55,12 @@ def draw(points: Points, out: Path) -> list[str]:
             if point["kind"] != kind:
                 continue
             lines = panels.setdefault(f"{point['op']} {kind}", {})
-            for label, (median, _, _) in point["seconds"].items():
-                name = ("copy" if kind == "forward" else "add") if label == "limit" else label
-                line = lines.setdefault(f"{name}, {_threads(point)}", [])
-                line.append((point["size"], point["moved"] / median / 1e9))
+            for label in _LINES:
+                median = _median(point, label)
+                if median is not None:
+                    name = _limit(kind) if label == "limit" else label
+                    line = lines.setdefault(f"{name}, {_threads(point)}", [])
+                    line.append((point["size"], point["moved"] / median / 1e9))
         names.append(f"{out.stem}-{kind}.svg")
         growth(panels, out.parent / names[-1])
     return names
@@ -50,9 +72,12 @@ def document(
     machine: Mapping[str, Any],
     command: str,
     plots: Sequence[str],
+    causes: Causes,
 ) -> str:
     """The whole document."""
     versions = ", ".join(f"{name} {each}" for name, each in all_versions().items())
+    versions += libraries(name for point in points for name in point["seconds"])
+    slower = [point for point in points if point["slower"]]
     lines = [
         _INTRODUCTION.format(command=command),
         machine_line(machine),
@@ -64,35 +89,81 @@ def document(
             chosen = [p for p in points if (p["kind"], p["threads"]) == (kind, threads)]
             if chosen:
                 lines += ["", f"## {kind.capitalize()}, {_threads(chosen[0])}", ""]
-                lines += _times(chosen, "copy" if kind == "forward" else "add")
+                lines += _times(chosen, _limit(kind))
+    lines += ["", "## Slower", "", f"{len(slower)} of {len(points)} rows. {_SLOWER}"]
+    if slower:
+        lines += ["", *_slower(slower, causes)]
+    missing = not_timed(
+        (peer, reason, _where(points, point, peer))
+        for point in points
+        for peer, reason in point["missing"].items()
+    )
+    if missing:
+        lines += ["", "## Not timed", "", *missing]
     lines += ["", "## Beside the kernels", "", *_costs(costs)]
     return "\n".join(lines) + "\n"
 
 
 def _times(points: Points, limit: str) -> list[str]:
-    """A line a size: our time, GB/s, and the ratios to torch and to the limit."""
-    heads = ["x", "operator", "shape", "ours", "GB/s", "torch", f"{limit}", "torch / ours"]
-    heads.append(f"ours / {limit}")
+    """A line a size: our time, GB/s, and the ratios to the limit, to torch and to the best peer."""
+    heads = ("x", "operator", "shape", "ours", "GB/s", limit, f"ours / {limit}", "torch / ours",
+             "best peer", "its time", "best peer / ours")  # fmt: skip
     rows = []
     for point in sorted(points, key=lambda point: point["size"]):
-        seconds = {label: median for label, (median, _, _) in point["seconds"].items()}
-        ours, torch, floor = (seconds.get(name) for name in ("ours", "torch eager", "limit"))
+        ours, torch, floor = (_median(point, label) for label in ("ours", "torch eager", "limit"))
         if ours is None:
             continue
+        best = point["best"]
         rows.append(
             (
                 _bytes(point["size"]),
                 point["op"],
-                "×".join(map(str, point["shape"])),
+                _shape(point),
                 _time(ours),
                 f"{point['moved'] / ours / 1e9:.3g}",
-                _time(torch),
                 _time(floor),
-                f"{torch / ours:.2f}" if torch else "",
                 f"{ours / floor:.2f}" if floor else "",
+                f"{torch / ours:.2f}" if torch else "",
+                best,
+                _time(point["seconds"][best][0]) if best else "",
+                f"{1.0 / _ratio(point):.2f}" if best else "",
             )
         )
     return markdown_table(rows, heads)
+
+
+def _slower(points: Points, causes: Causes) -> list[str]:
+    heads = ("operator", "shape", "kind", "threads", "ours", "best peer", "its time", "ratio",
+             "why")  # fmt: skip
+    rows = [
+        (
+            point["op"],
+            _shape(point),
+            point["kind"],
+            str(point["threads"]),
+            _time(point["seconds"][point["same_sort"]][0]),
+            point["best"],
+            _time(point["seconds"][point["best"]][0]),
+            f"{_ratio(point):.2f}",
+            causes.get((point["op"], _shape(point), point["kind"], "float32"), ""),
+        )
+        for point in sorted(points, key=lambda point: -_ratio(point))
+    ]
+    return markdown_table(rows, heads)
+
+
+def _ratio(point: Mapping[str, Any]) -> float:
+    """Our call of the best peer's sort over that peer."""
+    ours, best = (point["seconds"][point[each]][0] for each in ("same_sort", "best"))
+    return float(ours / best)
+
+
+def _where(points: Points, point: Mapping[str, Any], peer: str) -> str:
+    """The operator and the kind where a peer is missing, and the size where it is not at all."""
+    same = [p for p in points if (p["op"], p["kind"]) == (point["op"], point["kind"])]
+    everywhere = all(peer in each["missing"] for each in same)
+    size = "" if everywhere else f" of {_bytes(point['size'])}, {_threads(point)}"
+    return f"{point['op']} {point['kind']}{size}"
 
 
 _CALLS = ("inference", "backward", "forward", "forward, bound")
@@ -124,6 +195,20 @@ def _costs(costs: Sequence[Costs]) -> list[str]:
         "the process grows in a call with every array given, x of 64 MB.",
     ]
     return [*markdown_table(rows, heads), "", *notes]
+
+
+def _median(point: Mapping[str, Any], line: str) -> float | None:
+    """The median of what a line of the plots shows."""
+    found = (point["seconds"].get(name) for name in _LINES[line])
+    return next((float(each[0]) for each in found if each), None)
+
+
+def _limit(kind: str) -> str:
+    return "copy" if kind == "forward" else "add"
+
+
+def _shape(point: Mapping[str, Any]) -> str:
+    return "×".join(map(str, point["shape"]))
 
 
 def _threads(point: Mapping[str, Any]) -> str:

@@ -26,8 +26,8 @@ from normgraph.compile.knobs import knobs, tried
 from normgraph.errors import NormGraphError
 from normgraph.scripts import bench_peers
 from normgraph.scripts.argument_types import names_of, path, seconds, whole
+from normgraph.scripts.bench_batch import Batch
 from normgraph.scripts.bench_report import machine, machine_line, markdown_table
-from normgraph.scripts.bench_sweep import Batch
 from normgraph.scripts.bench_threads import bound, cores, prepare
 from normgraph.scripts.bench_timing import Timing, set_heap, time_apart
 from normgraph.scripts.console import Progress, log

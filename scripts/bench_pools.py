@@ -31,8 +31,8 @@ from normgraph.compile import graph_files, link, pipeline
 from normgraph.compile.targets import Target, resolve
 from normgraph.errors import AccuracyError, NormGraphError
 from normgraph.scripts.argument_types import seconds, whole
+from normgraph.scripts.bench_batch import Batch
 from normgraph.scripts.bench_report import machine, machine_line, markdown_table
-from normgraph.scripts.bench_sweep import Batch
 from normgraph.scripts.bench_threads import cores, prepare
 from normgraph.scripts.bench_timing import time_apart
 from normgraph.scripts.console import Progress, log

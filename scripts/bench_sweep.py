@@ -1,11 +1,9 @@
 """How cost grows: `python -m normgraph.scripts.bench_sweep [--out FILE]`.
 
 Every operator, forward and backward, at arrays from 1 KB to 1 GB, on one thread and on all cores,
-against torch eager and the copy or the add. Each thread count runs in a process of its own. Writes
-Markdown, a plot for each kind, and JSON on demand.
-
-Above 16 MB the batch is a smaller one repeated, so that what is right is known without computing
-it in float64: y and dx repeat too, and the parameter gradients are so many times the smaller one's.
+against every peer that takes the arrays row by row (`bench_contest` says how) and the copy or the
+add. Each thread count runs in a process of its own. Writes Markdown, a plot for each kind, and JSON
+on demand. Above 16 MB the batch is a smaller one repeated (`bench_batch`).
 """
 
 from __future__ import annotations
@@ -16,41 +14,44 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import normgraph
 import normgraph.graphs.reference as reference
 from normgraph import NormSpec
-from normgraph.errors import AccuracyError, NormGraphError
-from normgraph.scripts import bench_floor, bench_peers, bench_torch
+from normgraph.errors import NormGraphError
 from normgraph.scripts.argument_types import names_of, path, seconds, whole, wholes
-from normgraph.scripts.bench_check import as_numpy, reason, worst_outside
+from normgraph.scripts.bench_batch import Batch
+from normgraph.scripts.bench_contest import contest
 from normgraph.scripts.bench_costs import Costs, costs_of
+from normgraph.scripts.bench_document import CAUSES, read_causes
 from normgraph.scripts.bench_growth import document, draw
 from normgraph.scripts.bench_peers import Peer
 from normgraph.scripts.bench_report import machine
+from normgraph.scripts.bench_room import no_more_than_there_is, room
+from normgraph.scripts.bench_roster import (
+    Extras,
+    Scene,
+    bytes_moved,
+    limit_makers,
+    one_by_one,
+    own_makers,
+    row_major_makers,
+)
 from normgraph.scripts.bench_threads import bound, cores, prepare
-from normgraph.scripts.bench_timing import set_heap, time_apart
 from normgraph.scripts.console import Progress, log
 from normgraph.scripts.outputs import check_outputs, write
-from normgraph.scripts.verify_inputs import Case, Inputs, forward_names
-from normgraph.scripts.verify_tolerance import relative, scale_of
-
-Array = NDArray[Any]
+from normgraph.scripts.verify_inputs import forward_names
 
 KINDS = ("forward", "backward")
 SMALLEST, LARGEST, STEP = 1 << 10, 1 << 30, 4
-REPEATED = 16 << 20
-# Arrays of x's size that are alive at once: inputs, our outputs, what torch keeps, the limit's.
+# Arrays of x's size that there has to be room for: inputs, our outputs, the limit's, and what the
+# smallest peers keep. One that wants more than there is is missing.
 _ALIVE = 8
-OURS, TORCH, LIMIT = "ours", "torch eager", "limit"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,14 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Point:
-    """Median, 20th and 80th percentile in seconds of each contender at one size."""
+    """One kind at one size.
+
+    seconds    by contender: the median, the 20th and the 80th percentile
+    best       the peer with the worst ratio for us; "" where there is none
+    same_sort  our call that it is held against
+    slower     our median lies above its 80th percentile
+    missing    why a peer was not timed
+    """
 
     op: str
     kind: str
@@ -92,14 +100,17 @@ class Point:
     size: int
     moved: int
     seconds: dict[str, tuple[float, float, float]]
+    best: str
+    same_sort: str
+    slower: bool
     missing: dict[str, str]
 
 
 def sizes(largest: int) -> list[int]:
     """1 KB, 4 KB and so on, up to `largest` and what memory holds."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size, found = SMALLEST, []
-    while size <= min(largest, free // _ALIVE):
+    most = min(largest, room() // _ALIVE)
+    while size <= most:
         found.append(size)
         size *= STEP
     return found
@@ -129,103 +140,47 @@ def measure(
                 progress(f"{threads} threads, {family.spec.op} {','.join(map(str, shape))}")
                 batch = Batch(family.spec, shape)
                 for kind in KINDS:
-                    found.append(
-                        _point(operator, batch, kind, (threads, own_threads), rounds, seconds)
-                    )
+                    scene = _scene(path, operator, kind, batch, threads, own_threads)
+                    found.append(_point(scene, batch, rounds, seconds))
     return found
 
 
-class Batch:
-    """Inputs of one shape, made of a smaller batch repeated `times`."""
-
-    def __init__(self, spec: NormSpec, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.times = max(1, 4 * prod(shape) // REPEATED)
-        self.base = (shape[0] // self.times, *shape[1:])
-        self.inputs = Inputs(spec, "float32", Case(self.base, 0.0), seed=0)
-        self._tiled: dict[str, Array] = {}
-
-    def take(self, names: Sequence[str]) -> dict[str, Array]:
-        """Inputs by name: those with a batch are repeated."""
-        for name in names:
-            if name not in self._tiled:
-                value = self.inputs.values[name]
-                along = name in ("x", "dy") or (
-                    name in ("mean", "inv_std") and self.inputs.spec.op != "batch_norm"
-                )
-                if along and self.times > 1:
-                    value = np.tile(value, (self.times, *(1,) * (value.ndim - 1)))
-                self._tiled[name] = value
-        return {name: self._tiled[name] for name in names}
-
-    def check(self, peer: Peer, kind: str, want: Mapping[str, Array]) -> None:
-        """Raise AccuracyError where a result is far from the smaller batch's."""
-        conditions = self.inputs.conditions(kind)
-        for name, value in peer.call().items():
-            if name not in want or name.startswith("new_running"):
-                continue
-            found, right = as_numpy(value), want[name]
-            summed = name in ("dgamma", "dbeta")
-            parts = 1 if summed or found.size == right.size else self.times
-            factor = self.times if summed else 1
-            bound = 10.0 * factor * relative(name, "float32", conditions)
-            bound *= scale_of(name, right, conditions)
-            for part in found.reshape(parts, -1):
-                error = worst_outside(part, factor * right, bound, "float32")
-                if error is not None:
-                    raise AccuracyError(f"{peer.name}, {kind}, {name}: off by {error:.1e}")
+def _scene(
+    path: Path, operator: Any, kind: str, batch: Batch, threads: int, own_threads: int
+) -> Scene:
+    """As `scene_of` makes it, with the batch's repeated arrays."""
+    given = batch.take([each["name"] for each in operator.manifest["kinds"][kind]["inputs"]])
+    full = batch.take([*forward_names(operator.spec), *(["dy"] if kind == "backward" else [])])
+    return Scene(path, operator, kind, batch.inputs, given, full, threads, own_threads)
 
 
-def _point(
-    operator: Any,
-    batch: Batch,
-    kind: str,
-    threads: tuple[int, int],
-    rounds: int,
-    seconds: float,
-) -> Point:
-    spec, (count, own) = operator.spec, threads
-    names = [each["name"] for each in operator.manifest["kinds"][kind]["inputs"]]
-    given = batch.take(names)
-    backward = kind == "backward"
-    full = batch.take([*forward_names(spec), *(["dy"] if backward else [])])
-    want = reference.run(spec, kind, batch.inputs.take(names))
-    peers: dict[str, Peer] = {}
+def _point(scene: Scene, batch: Batch, rounds: int, seconds: float) -> Point:
+    spec, kind = batch.inputs.spec, scene.kind
+    want = reference.run(spec, kind, batch.inputs.take(list(scene.given)))
     missing: dict[str, str] = {}
-    torch_peer = bench_torch.torch_eager
-    if spec.op == "instance_norm":
-        torch_peer = bench_torch.torch_as_group_norm
-    makers: list[tuple[str, Callable[[], Peer]]] = [
-        (OURS, lambda: bench_peers.ours(operator, kind, given, own, fresh=False)),
-        (TORCH, lambda: torch_peer(spec, kind, full, count)),
-        (LIMIT, lambda: bench_floor.memory_limit(kind, given, count)),
+
+    def right(peer: Peer) -> None:
+        if not peer.limit:
+            batch.check(peer, kind, want)
+
+    named = [
+        *own_makers(scene, fresh=False),
+        *row_major_makers(scene, Extras(compiled=False)),
+        limit_makers(scene)[0],
     ]
-    for label, make in makers:
-        try:
-            peer = make()
-            if not peer.limit:
-                batch.check(peer, kind, want)
-            peers[label] = peer
-        except Exception as error:
-            if label == OURS:
-                raise
-            missing[label] = reason(error)
-    set_heap(warm=True)
-    try:
-        with bound(count):
-            calls = {label: peer.call for label, peer in peers.items()}
-            timings = time_apart(calls, rounds=rounds, seconds=seconds)
-    finally:
-        set_heap(warm=False)
-    size = 4 * prod(batch.shape)
+    with bound(scene.threads):
+        found = contest(one_by_one(named, right, missing), rounds, seconds)
     return Point(
         op=spec.op,
         kind=kind,
-        threads=count,
+        threads=scene.threads,
         shape=batch.shape,
-        size=size,
-        moved=size * (3 if backward else 2),
-        seconds={label: (t.median, t.low, t.high) for label, t in timings.items()},
+        size=4 * prod(batch.shape),
+        moved=bytes_moved(kind, scene.given),
+        seconds={label: (t.median, t.low, t.high) for label, t in found.timings.items()},
+        best=found.best or "",
+        same_sort=found.same_sort,
+        slower=found.slower,
         missing=missing,
     )
 
@@ -257,7 +212,7 @@ def main() -> int:
     )
     parser.add_argument("--largest", type=whole(SMALLEST), default=LARGEST, metavar="BYTES")
     parser.add_argument("--rounds", type=whole(1), default=3)
-    parser.add_argument("--seconds", type=seconds, default=0.02, help="a contender and round")
+    parser.add_argument("--seconds", type=seconds, default=0.01, help="a contender and round")
     known = [family.spec.op for family in FAMILIES]
     parser.add_argument(
         "--ops", type=names_of(known), default=known, metavar="batch_norm,...", help="these alone"
@@ -269,17 +224,19 @@ def main() -> int:
     progress = Progress()
     try:
         if options.points is not None:
-            points = measure(
-                families,
-                threads[0],
-                options.largest,
-                options.rounds,
-                options.seconds,
-                progress,
-            )
+            with no_more_than_there_is():
+                points = measure(
+                    families,
+                    threads[0],
+                    options.largest,
+                    options.rounds,
+                    options.seconds,
+                    progress,
+                )
             options.points.write_text(json.dumps([asdict(point) for point in points]))
             return 0
         check_outputs(options.json, options.out)
+        causes = read_causes(options.out.parent / CAUSES)
         before = machine()
         points = [point for count in threads for point in _in_process(count, options, progress)]
         costs: list[Costs] = []
@@ -301,7 +258,7 @@ def main() -> int:
         log(f"error: {error}")
         code = 2
     command = " ".join(["python -m normgraph.scripts.bench_sweep", *sys.argv[1:]])
-    code = max(code, write(options.out, document(listed, costs, before, command, plots)))
+    code = max(code, write(options.out, document(listed, costs, before, command, plots, causes)))
     print(options.out)
     return code
 

@@ -213,9 +213,11 @@ def test_the_document_of_growth(tmp_path: Path) -> None:
         {
             "op": op, "kind": kind, "threads": threads, "shape": [1, size // 4], "size": size,
             "moved": 2 * size, "seconds": {
-                "ours": [1e-6, 1e-6, 2e-6], "torch eager": [3e-6, 3e-6, 3e-6],
-                "limit": [5e-7, 5e-7, 5e-7],
-            }, "missing": {},
+                "normgraph": [1e-6, 1e-6, 2e-6], "normgraph, bound": [6e-7, 6e-7, 6e-7],
+                "torch eager": [3e-6, 3e-6, 3e-6], "limit": [5e-7, 5e-7, 5e-7],
+                "oneDNN 3.9.9, row-major": [2e-6, 2e-6, 2e-6],
+            }, "best": "oneDNN 3.9.9, row-major", "same_sort": "normgraph", "slower": False,
+            "missing": {},
         }
         for op in ("layer_norm", "rms_norm")
         for kind in ("forward", "backward")
@@ -224,11 +226,13 @@ def test_the_document_of_growth(tmp_path: Path) -> None:
     ]  # fmt: skip
     costs = Costs("rms_norm", 0.5, 2e-3, 3000, 2000, {"inference": 3e-6}, (4, 8), {}, (9, 8))
     plots = draw(points, tmp_path / "growth.md")
-    text = growth_document(points, [costs], MACHINE, "a command", plots)
-    for part in ("1 KB", "1 GB", "## Backward, 2 threads", "## Forward, 1 thread", "2.0 ms"):
+    text = growth_document(points, [costs], MACHINE, "a command", plots, {})
+    for part in ("1 KB", "1 GB", "## Backward, 2 threads", "## Forward, 1 thread", "2.0 ms",
+                 ", oneDNN 3.9.9.", "0 of 16 rows. "):  # fmt: skip
         assert part in text
     line = next(line for line in text.splitlines() if line.startswith("| 1 KB | layer_norm"))
-    assert "| 1 µs | 2.05 | 3 µs | 0.5 µs | 3.00 | 2.00 |" in line
+    best = "oneDNN 3.9.9, row-major | 2 µs | 2.00 |"
+    assert f"| 1 µs | 2.05 | 0.5 µs | 2.00 | 3.00 | {best}" in line
     for name in plots:
         assert "2 threads" in (tmp_path / name).read_text()
         assert f"({name})" in text
