@@ -46,8 +46,8 @@ and each thread on a core of its own.
 - oneDNN: its own operators through the C interface, outputs given; "blocked" is nChw16c, into
   which x and dy were put beforehand. "in torch": the newer one that torch holds, outputs fresh.
 - stock TVM: the same graph for this one shape through TVM's default pipeline.
-- peer / ours: each peer against our call of the same sort: onnxruntime, whose arrays are bound,
-  against ours bound, every other against ours with outputs given.
+- peer / ours: each peer against our call of the same sort: onnxruntime and oneDNN's C interface,
+  whose arrays are bound, against ours bound, every other against ours with outputs given.
 - best peer: the one with the smallest peer / ours on a warm heap, given or fresh outputs, of those
   that take the arrays row by row as ours does. What oneDNN does in its blocked layout has a column
   of its own; it counts for the goal at 14×14 and 7×7.

@@ -27,9 +27,9 @@ given array. Every result was checked before it was timed. Medians.
 
 The best peer is the one with the smallest peer / ours of those that take the arrays row by row:
 torch eager, instance_norm also as it is; onnxruntime, on the same graph and by its own operator;
-oneDNN's own operators. Each is held against our call of the same sort: onnxruntime, whose arrays
-are bound beforehand (`io_binding`), against ours bound (`Operator.bind`), every other against ours
-with outputs given. A peer that took more than twice ours in a first look has the time of that look.
+oneDNN's own operators. Each is held against our call of the same sort: onnxruntime and oneDNN,
+whose arrays are bound beforehand, against ours bound (`Operator.bind`), torch against ours with
+outputs given. A peer that took more than twice ours in a first look has the time of that look.
 Left out: torch.compile, stock TVM, and oneDNN's blocked layouts.
 """
 

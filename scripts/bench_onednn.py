@@ -141,6 +141,7 @@ def onednn(
         call,
         threads,
         fresh=False,
+        bound=True,
         coarse=True,
         blocked=blocked,
         detail=f"{library.implementation(chosen)}, {layout}",

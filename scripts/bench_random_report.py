@@ -28,8 +28,8 @@ Left out: {left_out}. Every artifact has one channel count or row length and lea
 extents open. Every result was checked against float64 before it was timed; what was not timed is
 listed at the end, with the reasons.
 
-Each peer is held against our call of the same sort: onnxruntime, whose arrays are bound beforehand
-(`io_binding`), against ours bound (`Operator.bind`), every other against ours with outputs given.
+Each peer is held against our call of the same sort: onnxruntime and oneDNN, whose arrays are bound
+beforehand, against ours bound (`Operator.bind`), torch against ours with outputs given.
 Ratio: our median over the peer's; the best peer is the one with the largest. A row is slower when
 our median lies above the best peer's 80th percentile, in a first contest and in a longer second
 one."""
