@@ -285,3 +285,33 @@ def test_the_script_runs_from_the_folder_alone(
     )
     assert done.returncode == 4, done.stderr
     assert "gpu_check needs a CUDA device" in done.stderr
+
+
+def test_an_install_that_broke_off_is_done_again(tmp_path: Path, repository: Path) -> None:
+    """site is there as a whole or not at all."""
+    shutil.copy(repository / "scripts" / "gpu_check", tmp_path)
+    (tmp_path / "wheels").mkdir()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" >>"$0.log"\n'
+        'while [ "$1" ] && [ "$1" != --target ]; do shift; done\n'
+        '[ "$1" ] || exit 0\n'
+        'mkdir "$2" && [ -e "$0.works" ]\n'
+    )
+    python.chmod(0o755)
+
+    def run() -> int:
+        env = {**os.environ, "PYTHON": str(python)}
+        return subprocess.run([str(tmp_path / "gpu_check")], env=env, check=False).returncode
+
+    assert run() != 0
+    assert not (tmp_path / "site").exists()
+    (tmp_path / "python.works").touch()
+    for _ in range(2):
+        assert run() == 0
+        assert (tmp_path / "site").exists()
+        assert not (tmp_path / "site.part").exists()
+    calls = (tmp_path / "python.log").read_text().splitlines()
+    kinds = ["install" if " install " in call else "run" for call in calls]
+    assert kinds == ["install", "install", "run", "run"]
