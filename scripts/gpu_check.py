@@ -1,34 +1,36 @@
 """Check and time the kernels on this machine's GPU: `./gpu_check` in a folder that was packed.
 
-Every operator and kind is held to float64 first, at its benchmark's shapes and at awkward ones,
-and then timed against PyTorch eager, torch.compile and the copy bandwidth of the device. Writes
-gpu-check.json and gpu-check.md.
+Every operator and kind is held to float64, at its benchmark's shapes and at awkward ones, and timed
+against PyTorch eager, torch.compile and the copy bandwidth of the device, the most telling first.
+Writes gpu-check.json and gpu-check.md after each step. Run again it goes on where it stopped. What
+hangs or breaks the device costs that case alone: another process does the work.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from normgraph import cuda
-from normgraph.errors import DeviceError, NormGraphError, ToolMissing
+from normgraph.errors import DeviceError, NormGraphError
+from normgraph.scripts import gpu_torch
 from normgraph.scripts.console import Progress, log
 from normgraph.scripts.explain import explain
-from normgraph.scripts.gpu_cases import ARCHIVE, KINDS, Case, cases, goal_of
-from normgraph.scripts.gpu_report import markdown, row
+from normgraph.scripts.gpu_cases import ARCHIVE, cases
+from normgraph.scripts.gpu_jobs import ACCURACY, BEHAVIOUR, COMPILED, TIME, Job, jobs
+from normgraph.scripts.gpu_process import Lost, Worker
+from normgraph.scripts.gpu_results import TABLE, Results
 
-# Sizes of the open extents beside the benchmark's: tails, single rows, rows shorter than a warp.
-_AWKWARD = ({"N": 3, "H": 5, "W": 7}, {"N": 1, "H": 1, "W": 13}, {"N": 37, "H": 3, "W": 1})
-# The copy whose bandwidth is the measure.
-_COPY_BYTES = 512 * 2**20
+_LIMITS, _LIMITS_SECONDS = "limits", 120.0
+# A job that has begun may take this much more than the budget.
+_GRACE_SECONDS = 15.0
 
 
 def main() -> int:
@@ -40,10 +42,15 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this")
     parser.add_argument("--brief", action="store_true", help="without torch.compile")
     parser.add_argument("--accuracy", action="store_true", help="do not time anything")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="end by then")
+    parser.add_argument("--anew", action="store_true", help="do not go on with earlier results")
+    parser.add_argument("--retry", action="store_true", help="do again what hung or died")
     options = parser.parse_args()
     chosen = [each for each in cases() if options.only in each.name]
     if not chosen:
         parser.error(f"expected --only to leave a case; none has {options.only!r} in its name")
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"expected --budget to be more than 0 seconds, not {options.budget:g}")
     progress = Progress()
     try:
         if options.pack:
@@ -52,57 +59,119 @@ def main() -> int:
             out = options.out or Path("build/gpu-check")
             print(pack(out, options.folder, chosen=chosen, progress=progress))
             return 0
-        return check(options, chosen, progress)
+        packed = _pack_of(options.folder)
+        there = [each for each in cases() if packed is None or each.name in packed["names"]]
+        chosen = [each for each in there if each in chosen]
+        if not chosen:
+            parser.error(f"expected --only to leave a case that was packed, not {options.only!r}")
+        return check(options, jobs(chosen), jobs(there), progress)
     except (NormGraphError, OSError) as error:
         message, code = explain(error)
         log(message)
         return code
 
 
-def check(options: Any, chosen: list[Case], progress: Callable[[str], None]) -> int:
-    """Check, time and write; 1 where a result is wrong.
+def check(
+    options: Any, asked: Sequence[Job], known: Sequence[Job], progress: Callable[[str], None]
+) -> int:
+    """Do the jobs that are left of those asked and write after each; 1 where a result is wrong.
 
-    Raises DeviceError without a device, ToolMissing without PyTorch for CUDA.
+    known: all that can be done.
+
+    Raises DeviceError without a device, or where it can no longer be used; ToolMissing without
+    PyTorch for CUDA.
     """
+    until = time.monotonic() + (options.budget or float("inf"))
     found = cuda.state()
     if found.problem:
         raise DeviceError(f"gpu_check needs a CUDA device, and {found.problem}.")
-    for needed in ("torch", "numpy", "typing_extensions"):
-        if importlib.util.find_spec(needed) is None:
-            raise ToolMissing(
-                f"gpu_check needs PyTorch with CUDA and NumPy, and {needed} is not installed."
-            )
-    torch: Any = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        raise ToolMissing(f"torch {torch.__version__} cannot use the CUDA device here.")
-    from normgraph.scripts.gpu_run import Bench
+    gpu_torch.usable()
+    worker = Worker(command_of(unpacked(options.folder)))
+    tasks = {ACCURACY, BEHAVIOUR} if options.accuracy else {ACCURACY, BEHAVIOUR, TIME, COMPILED}
+    tasks -= {COMPILED} if options.brief else set()
+    try:
+        about = {**worker.start(), "pack": _pack_of(options.folder)}
+        results = Results(options.out or Path.cwd(), about, known, anew=options.anew)
+        if options.retry:
+            results.forget_lost()
+        left = [job for job in asked if job.task in tasks and job not in results]
+        progress(f"{len(left)} jobs; {len(results)} were done before")
+        if any(job.task in (TIME, COMPILED) for job in left):
+            results.add_limits(_limits(worker))
+        left = work(worker, left, results, until, progress)
+    finally:
+        worker.stop()
+    results.write()
+    return _summary(results.report(), len(left), options.out or Path.cwd())
 
-    bench = Bench(torch, unpacked(options.folder), _COPY_BYTES)
-    report: dict[str, Any] = {**bench.about(found), "numeric": [], "rows": [], "failures": []}
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for case in dict.fromkeys(chosen):
-            for sizes in _AWKWARD:
-                report["numeric"] += bench.numeric(case, _bound(case, sizes))
-            progress(f"accuracy: {case.spec.op} {case.size} {case.dtype}")
-            report["numeric"] += bench.numeric(case, case.shape)
-        report["numeric"] += bench.behaviour(chosen[0])
-        if not options.accuracy:
-            report |= bench.limits()
-            for case in chosen:
-                for kind in KINDS:
-                    progress(f"time: {case.spec.op} {case.size} {case.dtype} {kind}")
-                    seconds, failures = bench.time(case, kind, compiled=not options.brief)
-                    report["failures"] += failures
-                    if seconds:
-                        bandwidth, launch = report["copy_bandwidth"], report["launch_us"] * 1e-6
-                        goal = goal_of(case, kind, bandwidth)
-                        report["rows"].append(row(case, kind, goal, seconds, bandwidth, launch))
-                    write(report, options.out or Path.cwd())
-    write(report, options.out or Path.cwd())
+
+def work(
+    worker: Worker,
+    left: Sequence[Job],
+    results: Results,
+    until: float,
+    progress: Callable[[str], None],
+) -> list[Job]:
+    """Do the jobs until that moment (of time.monotonic); those that are left."""
+    for number, job in enumerate(left):
+        remaining = until - time.monotonic()
+        if remaining < job.usual:
+            return list(left[number:])
+        progress(f"{number + 1}/{len(left)} {job.key}")
+        spoiler = results.spoiled(job)
+        if spoiler is not None:
+            results.add(job, {"lost": f"left out, because of {spoiler.key}"})
+            continue
+        limit = min(job.limit, remaining + _GRACE_SECONDS)
+        try:
+            outcome = worker.ask(job.key, limit)
+        except Lost as error:
+            if limit < job.limit and time.monotonic() > until:
+                return list(left[number:])
+            outcome = {"lost": str(error)}
+        if outcome.pop("broken", False):
+            worker.stop()
+            told = outcome.get("error") or (outcome.get("numeric") or {}).get("detail")
+            told = told or "; ".join(outcome.get("failures", []))
+            outcome = {"lost": f"the device refused everything after it: {told}"}
+        if "lost" in outcome:
+            log(f"LOST: {job.key}: {outcome['lost']}")
+        results.add(job, outcome)
+    return []
+
+
+def _limits(worker: Worker) -> dict[str, Any]:
+    try:
+        made = worker.ask(_LIMITS, _LIMITS_SECONDS)
+    except Lost as error:
+        made = {"error": str(error)}
+    if "error" in made or made.pop("broken"):
+        raise DeviceError(f"the device's copies could not be timed: {made.get('error', 'broken')}.")
+    return made
+
+
+def _summary(report: dict[str, Any], left: int, out: Path) -> int:
+    """Say the most important of it; the exit code."""
     wrong = [each for each in report["numeric"] if not each["passed"]]
     for each in wrong:
         log(f"WRONG: {each['what']}: {each['detail']}")
+    for each in report["goals"]:
+        missed = f"; most: {each['missed'][0]}" if each["missed"] else ""
+        log(f"{each['met']} of {each['rows']} met: {each['goal']}{missed}")
+    if left:
+        log(f"{left} jobs are left: run it again to go on.")
+    print(out / TABLE)
     return 1 if wrong else 0
+
+
+def command_of(artifacts: Path) -> list[str]:
+    """What starts a worker on the artifacts of a folder."""
+    return [sys.executable, "-m", "normgraph.scripts.gpu_worker", "--folder", str(artifacts)]
+
+
+def _pack_of(folder: Path) -> Any:
+    file = folder / "pack.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def unpacked(folder: Path) -> Path:
@@ -116,18 +185,6 @@ def unpacked(folder: Path) -> Path:
         (part / "artifacts").rename(target)
         part.rmdir()
     return target
-
-
-def write(report: dict[str, Any], out: Path) -> None:
-    """gpu-check.json and gpu-check.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "gpu-check.md").write_text(markdown(report), encoding="utf-8")
-
-
-def _bound(case: Case, sizes: dict[str, int]) -> tuple[int, ...]:
-    """A shape of the case's artifact."""
-    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in case.declared)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -62,7 +63,12 @@ def pack(
     script = out / "gpu_check"
     shutil.copyfile(repository / "scripts" / "gpu_check", script)
     script.chmod(0o755)
-    about = {"normgraph": __version__, "tvm_ffi": version("apache-tvm-ffi"), "names": list(first)}
+    about = {
+        "normgraph": __version__,
+        "tvm_ffi": version("apache-tvm-ffi"),
+        "archive": hashlib.sha256((out / ARCHIVE).read_bytes()).hexdigest(),
+        "names": list(first),
+    }
     (out / "pack.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if size > MOST_BYTES:

@@ -1,50 +1,98 @@
-"""The results of a GPU check as JSON and as a Markdown table."""
+"""The results of a GPU check as rows, goals and a Markdown table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normgraph.scripts.gpu_cases import Case, Goal
+from normgraph.scripts.gpu_cases import Case, goal_of
 
 _COLUMNS = ("operator", "x", "dtype", "kind", "ours µs", "TB/s", "of copy", "goal", "met",
             "eager µs", "compiled µs", "published µs", "ahead")  # fmt: skip
+# Who is to be slower, in the order of the report.
+_PEERS = {
+    "eager": "ahead of PyTorch eager",
+    "compiled": "ahead of torch.compile",
+    "published": "ahead of what others published",
+}
 
 
 def row(
     case: Case,
     kind: str,
-    goal: Goal,
-    seconds: Mapping[str, float],
-    copy_bandwidth: float,
-    launch: float,
+    timed: Mapping[str, Any],
+    compiled: Mapping[str, float],
+    limits: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One timed kind. seconds: ours, and of eager, compiled and copy those that were measured."""
-    bandwidth = case.moved(kind) / seconds["ours"]
-    floor = case.moved(kind) / copy_bandwidth
-    met = None
+    """One timed kind.
+
+    timed: us of ours, and of eager and copy where they were measured. compiled: us of torch.compile
+    and of ours beside it, or nothing. limits: copy_bandwidth and launch_us of the same run.
+
+    short: what is missing to the goal, as a share of the copy bandwidth or in microseconds, up to 0
+    where it is met. ahead: by peer how many times as long it took.
+    """
+    us, copy_bandwidth = dict(timed["us"]), limits["copy_bandwidth"]
+    goal = goal_of(case, kind, copy_bandwidth)
+    bandwidth = case.moved(kind) / us["ours"] * 1e6
+    floor = case.moved(kind) / copy_bandwidth * 1e6
+    share = bandwidth / copy_bandwidth
+    short = None
     if goal.share is not None:
-        met = bandwidth / copy_bandwidth >= goal.share
+        short = goal.share - share
     elif goal.floor:
-        met = seconds["ours"] <= floor + launch
+        short = us["ours"] - floor - limits["launch_us"]
+    ahead = {}
+    if "eager" in us:
+        ahead["eager"] = us["eager"] / us["ours"]
+    if {"compiled", "ours"} <= compiled.keys():
+        ahead["compiled"] = compiled["compiled"] / compiled["ours"]
+        us |= {"compiled": compiled["compiled"], "ours beside compiled": compiled["ours"]}
     published = dict(case.published).get(kind)
-    peers = [seconds[name] for name in ("eager", "compiled") if name in seconds]
     if published is not None:
-        peers.append(published * 1e-6)
+        ahead["published"] = published / us["ours"]
     return {
         "operator": case.spec.op,
         "shape": list(case.shape),
         "dtype": case.dtype,
         "kind": kind,
-        "us": {name: round(value * 1e6, 3) for name, value in seconds.items()},
+        "us": us,
+        "spread_us": timed.get("spread_us"),
         "published_us": None if published is None else round(published, 3),
         "bandwidth": bandwidth,
-        "share_of_copy": bandwidth / copy_bandwidth,
-        "floor_us": round(floor * 1e6, 3),
+        "share_of_copy": share,
+        "floor_us": round(floor, 3),
         "goal": str(goal),
-        "met": met,
-        "ahead": all(seconds["ours"] <= each for each in peers) if peers else None,
+        "goal_of": goal.what,
+        "met": None if short is None else short <= 0,
+        "short": short,
+        "ahead": ahead,
     }
+
+
+def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By goal how many rows there are, how many meet it, and the rows that miss it, worst first."""
+    found: dict[str, list[tuple[float, bool, str]]] = {}
+    for each in rows:
+        if each["met"] is not None:
+            found.setdefault(f"{each['goal_of']}: {each['goal']}", []).append(
+                (each["short"], each["met"], f"{_title(each)} by {_short(each)}")
+            )
+    for peer, text in _PEERS.items():
+        for each in rows:
+            times = each["ahead"].get(peer)
+            if times is not None:
+                by = f"{_title(each)} by {1 / times - 1:.1%}"
+                found.setdefault(text, []).append((-times, times >= 1, by))
+    return [
+        {
+            "goal": name,
+            "rows": len(held),
+            "met": sum(met for _, met, _ in held),
+            "missed": [text for _, met, text in sorted(held, reverse=True) if not met],
+        }
+        for name, held in sorted(found.items(), key=lambda each: each[0].startswith("ahead"))
+    ]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -59,23 +107,49 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{device['l2_bytes'] / 2**20:.0f} MiB of L2; driver for CUDA {device['driver']}; "
         + ", ".join(f"{name} {value}" for name, value in report["versions"].items())
         + ".",
-        "",
-        f"Measured in this run: a copy on the device moves {report['copy_bandwidth'] / 1e12:.2f} "
-        f"TB/s (bytes read and written), a kernel of one element takes "
-        f"{report['launch_us']:.2f} µs in a graph.",
-        "",
-        "Times are medians between device events, of calls captured in a CUDA graph that take "
-        "turns on arrays of more than the L2 cache together. TB/s counts each array once: x and "
-        "y, or x, dy and dx. Outputs of ours are given; PyTorch's are fresh, from its pool.",
+    ]
+    if report["left"]:
+        lines += ["", f"Not finished: {report['left']} jobs are left. Running it again goes on."]
+    lines += [
         "",
         f"Accuracy: {len(numeric) - len(wrong)} of {len(numeric)} checks against float64 passed.",
+        *(f"- WRONG: {each['what']}: {each['detail']}" for each in wrong),
     ]
-    for each in wrong:
-        lines.append(f"- WRONG: {each['what']}: {each['detail']}")
     if report["rows"]:
-        lines += ["", *_table(report["rows"]), "", _summary(report["rows"])]
-    lines += [f"- not measured: {text}" for text in report["failures"]]
+        lines += ["", "## Goals", "", *_goals(report["goals"])]
+        lines += ["", "## Times", "", *_measure(report["limits"]), "", *_table(report["rows"])]
+    if report["failures"]:
+        lines += ["", "## Not measured", "", *(f"- {text}" for text in report["failures"])]
     return "\n".join(lines) + "\n"
+
+
+def _goals(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| goal | rows | met | missed most |", "|-|-|-|-|"]
+    for each in found:
+        worst = each["missed"][0] if each["missed"] else ""
+        lines.append(f"| {each['goal']} | {each['rows']} | {each['met']} | {worst} |")
+    for each in found:
+        if each["missed"]:
+            lines += ["", f"Missed, {each['goal']}:", *(f"- {text}" for text in each["missed"])]
+    return lines
+
+
+def _measure(limits: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"Run {number}: the fastest copy on the device moves {each['copy_bandwidth'] / 1e12:.3f}"
+        f" TB/s (bytes read and written;"
+        f" {', '.join(f'{name} {speed / 1e12:.3f}' for name, speed in each['copies'].items())}),"
+        f" a kernel of one element takes {each['launch_us']:.2f} µs in a graph."
+        for number, each in enumerate(limits, 1)
+    ]
+    return [
+        *lines,
+        "",
+        "Times are medians between device events, of calls captured in a CUDA graph that take "
+        "turns on arrays of more than the L2 cache together; ours, a peer and copies are timed in "
+        "turns too. TB/s counts each array once: x and y, or x, dy and dx. Outputs of ours are "
+        "given; PyTorch's are fresh, from its pool.",
+    ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -88,29 +162,41 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             each["kind"],
             _number(each["us"]["ours"]),
             f"{each['bandwidth'] / 1e12:.2f}",
-            f"{each['share_of_copy']:.0%}",
+            f"{each['share_of_copy']:.1%}",
             each["goal"],
-            _word(each["met"]),
+            _met(each),
             _number(each["us"].get("eager")),
             _number(each["us"].get("compiled")),
             _number(each["published_us"]),
-            _word(each["ahead"]),
+            _ahead(each["ahead"]),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    held = [each["met"] for each in rows if each["met"] is not None]
-    raced = [each["ahead"] for each in rows if each["ahead"] is not None]
-    return (
-        f"Goals met: {sum(held)} of {len(held)}. Ahead of every peer: {sum(raced)} of {len(raced)}."
-    )
+def _title(each: Mapping[str, Any]) -> str:
+    size = "×".join(map(str, each["shape"]))
+    return f"{each['operator']} {size} {each['dtype']} {each['kind']}"
+
+
+def _short(each: Mapping[str, Any]) -> str:
+    if each["goal"].endswith("of copy"):
+        return f"{100 * each['short']:.1f} points"
+    return f"{each['short']:.2f} µs"
+
+
+def _met(each: Mapping[str, Any]) -> str:
+    if each["met"] is None:
+        return ""
+    return "yes" if each["met"] else f"no, by {_short(each)}"
+
+
+def _ahead(ahead: Mapping[str, float]) -> str:
+    behind = [f"{peer} {times:.2f}×" for peer, times in ahead.items() if times < 1]
+    if not ahead:
+        return ""
+    return f"no: {', '.join(behind)}" if behind else f"yes, {min(ahead.values()):.2f}×"
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _word(value: bool | None) -> str:
-    return "" if value is None else "yes" if value else "no"

@@ -1,26 +1,44 @@
-"""Times on a GPU: captured calls over rotating arrays, between device events."""
+"""Times on a GPU: captured calls over rotating arrays, between device events, in turns."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # The arrays of a rotation take this many times the L2 cache together, so that none is found in it.
 _CACHES = 4
-_LEAST_CALLS, _MOST_SETS = 20, 64
+_MOST_SETS, _MOST_CALLS = 64, 1000
+# What a round takes at least, beside which an event and the first launch are nothing; no kernel
+# is faster than these bytes a second and this launch.
+_ROUND_SECONDS = 4e-3
+_FASTEST_BYTES, _FASTEST_LAUNCH = 5e12, 1.5e-6
+# An idle GPU runs at a fifth of its clock: all contestants run for so long before any is timed.
+_WARM_SECONDS = 0.25
+_ROUNDS = 25
+# Cycles the device waits in front of a round, about 1 ms: by then the host has launched it all.
+_AHEAD = 2_000_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, the median of `rounds`. captured: its calls ran as one CUDA graph."""
+    """Seconds a call: the median of `rounds`, and what 20 and 80 % of them took at most."""
 
     median: float
     low: float
     high: float
     rounds: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """run launches `calls` calls; captured: as one CUDA graph."""
+
+    run: Callable[[], object]
+    calls: int
     captured: bool
 
 
@@ -29,81 +47,131 @@ def sets_for(nbytes: int, cache: int) -> int:
     return max(2, min(_MOST_SETS, math.ceil(_CACHES * cache / max(nbytes, 1))))
 
 
-def time_calls(torch: Any, calls: Sequence[Callable[[], object]], *, rounds: int = 25) -> Timing:
-    """Time calls that take turns, each on arrays of its own.
+def repeats_for(nbytes: int, sets: int) -> int:
+    """How often a round goes through the sets, where a call moves so many bytes."""
+    least = nbytes / _FASTEST_BYTES + _FASTEST_LAUNCH
+    return math.ceil(min(_ROUND_SECONDS / least, _MOST_CALLS) / sets)
 
-    They are captured once and replayed, which leaves out what the host does between launches; a
-    call that cannot be captured is launched from the host, and the result says so. All runs on the
-    current stream, which must not be the default one and is the one the calls were prepared on.
+
+def prepare(
+    torch: Any, calls: Sequence[Callable[[], object]], nbytes: int, *, graph: bool = True
+) -> Prepared:
+    """Run the calls twice and capture a round of them; each has arrays of its own.
+
+    A replay leaves out what the host does between launches. Calls that cannot be captured are
+    launched from the host. All runs on the current stream, which must not be the default one and
+    is the one the calls were made on.
     """
-    repeats = math.ceil(_LEAST_CALLS / len(calls))
-    stream = torch.cuda.current_stream()
+    repeats = repeats_for(nbytes, len(calls))
     for call in calls:
         call()
         call()
     torch.cuda.synchronize()
-    run, captured = _captured(torch, calls, repeats, stream)
-    taken = []
-    for number in range(rounds + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(stream)
-        run()
-        end.record(stream)
-        end.synchronize()
-        if number >= 3:
-            taken.append(start.elapsed_time(end) * 1e-3 / (repeats * len(calls)))
-    ordered = sorted(taken)
-    last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered),
-        ordered[round(0.2 * last)],
-        ordered[round(0.8 * last)],
-        rounds,
-        captured,
-    )
+    made = _replay(torch, calls, repeats) if graph else None
+
+    def launch() -> None:
+        for _ in range(repeats):
+            for call in calls:
+                call()
+
+    return Prepared(made or launch, repeats * len(calls), made is not None)
 
 
-def _captured(
-    torch: Any, calls: Sequence[Callable[[], object]], repeats: int, stream: Any
-) -> tuple[Callable[[], object], bool]:
+def _replay(
+    torch: Any, calls: Sequence[Callable[[], object]], repeats: int
+) -> Callable[[], object] | None:
     graph = torch.cuda.CUDAGraph()
     kept: list[object] = []  # so that no output takes the memory of one before it
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             for _ in range(repeats):
                 kept = [call() for call in calls]
     except RuntimeError:
         torch.cuda.synchronize()
-
-        def launch() -> None:
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-
-        return launch, False
+        return None
 
     def replay() -> object:
         graph.replay()
         return kept
 
-    return replay, True
+    return replay
 
 
-def copy_seconds(torch: Any, nbytes: int, cache: int) -> float:
-    """Seconds to copy an array of so many bytes to another one on the device."""
-    count = sets_for(2 * nbytes, cache)
+def contest(
+    torch: Any, contestants: Mapping[str, Prepared], *, rounds: int = _ROUNDS
+) -> dict[str, Timing]:
+    """Time all of them in turns, each round in another order, on a GPU that is warm."""
+    names = list(contestants)
+    until = time.monotonic() + _WARM_SECONDS
+    while True:
+        for name in names:
+            contestants[name].run()
+        torch.cuda.synchronize()
+        if time.monotonic() >= until:
+            break
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            taken[name].append(_round(torch, contestants[name]))
+    return {name: _timing(values) for name, values in taken.items()}
+
+
+def _round(torch: Any, contestant: Prepared) -> float:
+    """Seconds a call of one round. The events stand on the device's own line, after a wait."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream()
+    torch.cuda._sleep(_AHEAD)
+    start.record(stream)
+    contestant.run()
+    end.record(stream)
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / contestant.calls
+
+
+def _timing(values: Sequence[float]) -> Timing:
+    ordered, last = sorted(values), len(values) - 1
+    return Timing(
+        statistics.median(ordered),
+        ordered[round(0.2 * last)],
+        ordered[round(0.8 * last)],
+        len(ordered),
+    )
+
+
+def copies(
+    torch: Any, nbytes: int, cache: int, device: str, *, eager: bool = False
+) -> dict[str, Prepared]:
+    """Copies of so many bytes to another array: the driver's and a plain kernel's.
+
+    A graph may give its copies to a copy engine, which the caller's kernels do not have to match:
+    the fastest of these counts. eager: the driver's copy outside a graph too.
+    """
     pairs = [
-        tuple(torch.empty(max(nbytes // 4, 1), dtype=torch.int32, device="cuda") for _ in range(2))
-        for _ in range(count)
+        tuple(torch.randn(max(nbytes // 4, 1), device=device) for _ in range(2))
+        for _ in range(sets_for(2 * nbytes, cache))
     ]
-    return time_calls(torch, [_copying(*pair) for pair in pairs]).median
+    by_driver = [_copying(*pair) for pair in pairs]
+    by_kernel = [_negating(torch, *pair) for pair in pairs]
+    made = {
+        "copy": prepare(torch, by_driver, 2 * nbytes),
+        "copy by a kernel": prepare(torch, by_kernel, 2 * nbytes),
+    }
+    if eager:
+        made["copy outside a graph"] = prepare(torch, by_driver, 2 * nbytes, graph=False)
+    return made
 
 
 def _copying(target: Any, source: Any) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def launch_seconds(torch: Any) -> float:
+def _negating(torch: Any, target: Any, source: Any) -> Callable[[], object]:
+    return lambda: torch.neg(source, out=target)
+
+
+def launch_seconds(torch: Any, device: str) -> float:
     """Seconds that a kernel of one element takes, one after the other in a graph."""
-    one = torch.zeros(1, device="cuda")
-    return time_calls(torch, [lambda: one.add_(0.0)] * 100).median
+    one = torch.zeros(1, device=device)
+    launches = prepare(torch, [lambda: one.add_(0.0)] * 100, 0)
+    return contest(torch, {"launch": launches})["launch"].median

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from normgraph import NormSpec
+from normgraph.errors import ToolMissing
 
 Tensors = Mapping[str, Any]
+
+# The operators that are timed and answer in float64; rms_norm is of torch 2.4.
+_NEEDED = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 # dtype: how large one unit in the last place of 1 is.
 _UNITS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 _BOUND = 2e-5
+
+
+def usable() -> None:
+    """Raises ToolMissing where there is no PyTorch for CUDA, or it is too old."""
+    for needed in ("torch", "numpy", "typing_extensions"):
+        if importlib.util.find_spec(needed) is None:
+            raise ToolMissing(
+                f"gpu_check needs PyTorch with CUDA and NumPy, and {needed} is not installed."
+            )
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        raise ToolMissing(f"torch {torch.__version__} cannot use the CUDA device here.")
+    lacking = [name for name in _NEEDED if not hasattr(torch.nn.functional, name)]
+    if lacking:
+        raise ToolMissing(
+            f"gpu_check needs torch 2.4 or later, and torch {torch.__version__} has no"
+            f" torch.nn.functional.{lacking[0]}. Set PYTHON to a Python with a later one."
+        )
 
 
 def draw(
@@ -127,14 +150,17 @@ def worst(name: str, dtype: str, got: Any, want: Any, inputs: Tensors) -> float:
     return float("inf") if share.isnan() else float(share.item())
 
 
-def peer(torch: Any, spec: NormSpec, kind: str, inputs: Tensors, *, compiled: bool) -> Any:
-    """PyTorch's call for one kind, eager or by torch.compile; fresh outputs."""
-    frozen = kind == "inference" and "running_mean" in inputs
-    forward = forward_of(torch, spec, training=not frozen)
-    if compiled:
-        config: Any = importlib.import_module("torch._functorch.config")
-        config.donated_buffer = False  # so that a backward may run twice
-        forward = torch.compile(forward, dynamic=False)
+def compiled(torch: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator by torch.compile, from nothing."""
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False  # so that a backward may run twice
+    torch.compiler.reset()
+    made: Callable[..., Any] = torch.compile(forward, dynamic=False)
+    return made
+
+
+def peer(torch: Any, kind: str, inputs: Tensors, forward: Callable[..., Any]) -> Any:
+    """PyTorch's call for one kind by its operator; fresh outputs."""
     given = {name: value for name, value in inputs.items() if name != "dy"}
     if "running_mean" in given:
         # PyTorch takes no half parameters beside float32 statistics, and updates those in place.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import itertools
 import shutil
 import subprocess
@@ -232,6 +233,13 @@ def instance_norm(build_plain: Callable[..., Built], driver: Driver, tmp_path: P
     copied = tmp_path / "artifact"
     shutil.copytree(built.path, copied)
     return copied
+
+
+@pytest.fixture
+def torch_on_host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of that name; TorchOnHost(torch) is a torch whose CUDA device is the host."""
+    monkeypatch.syspath_prepend(str(HERE))
+    return importlib.import_module("torch_on_host")
 
 
 @pytest.fixture
