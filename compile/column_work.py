@@ -28,7 +28,8 @@ from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.column_arrays import ColumnArrays
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.knobs import knobs
-from normgraph.compile.row_kernel import RowStore, RowSum, output_row, row
+from normgraph.compile.output_row import output_row
+from normgraph.compile.row_kernel import RowStore, RowSum, row
 from normgraph.compile.row_lengths import Length
 from normgraph.compile.row_reader import (
     ROW_RANGES,
@@ -127,8 +128,7 @@ class ColumnWork:
             stmts.append(when(self.frame.any_of(needs), self._sums(sums)))
         stmts += [self._settle(work.after)] if work.after else []
         kept = [s for s in (*sums, *work.after) if s.op.out.output_index is not None]
-        if kept:
-            stmts.append(loop(self.channels.count, lambda c: self._keep(kept, c), name="c"))
+        stmts += [self._keep(step) for step in kept]
         for step in work.wide:
             if not step.is_sum:
                 index = self.frame.output_of(step)
@@ -152,8 +152,7 @@ class ColumnWork:
         memory = self._spread(steps, stmts)
 
         def task(chunk: Expr) -> Stmt:
-            here = times(chunk, self.columns)
-            place = times(chunk, self.channels.count)
+            here, place = times(chunk, self.columns), times(chunk, self.channels.count)
 
             def clear(buffers: dict[Tensor, Any], start: Expr, c: Expr) -> Stmt:
                 return seq(
@@ -256,15 +255,18 @@ class ColumnWork:
 
         return self._vectors(self.channels.count, one)
 
-    def _keep(self, steps: list[Step], c: Expr) -> Stmt:
-        at = self._position(c)
+    def _keep(self, step: Step) -> Stmt:
+        tensor = step.op.out
 
-        def one(step: Step) -> Stmt:
-            place = offset(step.op.out, at, self.frame.program.extents)
-            value = self.memory.settled(step, at, c)
-            return self.frame.request_store(step.op.out, value, place)
+        def one(c: Expr, add: bool) -> Stmt:
+            at = self._position(c)
+            place = offset(tensor, at, self.frame.program.extents)
+            return self.frame.put(tensor, self.memory.settled(step, at, c), place, add)
 
-        return seq([one(step) for step in steps])
+        def put(add: bool) -> Stmt:
+            return loop(self.channels.count, lambda c: one(c, add), name="c")
+
+        return self.frame.on_request(tensor, put)
 
     def _spread(self, steps: Sequence[Step], stmts: list[Stmt]) -> SliceMemory:
         """What these steps read of the channels, an element a column."""
@@ -341,9 +343,7 @@ class ColumnWork:
         def task(chunk: Expr) -> Stmt:
             before: list[Stmt] = []
             first, last = _range(self.plan.rows, chunk, ranges, before)
-            rows = loop(tirx.Sub(last, first), lambda k: one(plus(first, k)), name="row")
-            fence = None if large is None else when(large, self.streaming.fence())
-            return seq([*before, rows, fence])
+            return seq([*before, loop(last - first, lambda k: one(plus(first, k)), name="row")])
 
         return seq([*stmts, loop(i64(ranges), task, name="range", kind="parallel")])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -182,12 +182,23 @@ class Frame:
 
     def request_store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
         """Store or add to a small output as asked."""
+        return self.on_request(tensor, lambda add: self.put(tensor, value, at, add))
+
+    def on_request(self, tensor: Tensor, code: Callable[[bool], Stmt]) -> Stmt:
+        """code(False) where a small output is to be written, code(True) where added to.
+
+        Around a loop the request is looked at once, and no store of it depends on a condition.
+        """
         assert tensor.output_index is not None
+        added = when(self.is_add(tensor.output_index), code(True))
+        return when(self.is_write(tensor.output_index), code(False), added)
+
+    def put(self, tensor: Tensor, value: Expr, at: Expr, add: bool) -> Stmt:
+        """Store into a small output, or add to it."""
         buffer = self.flat[tensor]
-        add = tirx.BufferStore(buffer, rounded_sum(tirx.BufferLoad(buffer, [at]), value), [at])
-        otherwise = when(self.is_add(tensor.output_index), add)
-        write = tirx.BufferStore(buffer, value, [at])
-        return when(self.is_write(tensor.output_index), write, otherwise)
+        if add:
+            value = rounded_sum(tirx.BufferLoad(buffer, [at]), value)
+        return tirx.BufferStore(buffer, value, [at])
 
     def clear_partials(self, chunk: Expr) -> Stmt:
         """Set a row range's partial sums to zero."""

@@ -18,9 +18,7 @@ from typing import Any
 
 from tvm import tirx
 
-from normgraph.compile.knobs import knobs
 from normgraph.compile.row_lengths import Length
-from normgraph.compile.streaming import Streaming
 from normgraph.compile.tir import (
     Expr,
     Stmt,
@@ -28,7 +26,6 @@ from normgraph.compile.tir import (
     constant,
     floordiv,
     i64,
-    least,
     loop,
     modulo,
     plus,
@@ -61,7 +58,7 @@ class RowSum:
     collect: Callable[[Expr, Expr], Stmt] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class RowStore:
     """Store a value for each element of the row.
 
@@ -89,40 +86,6 @@ def row(
     lanes: elements of one vector register. unroll: registers used side by side for each sum.
     """
     return _Row(length, sums, stores, lanes, unroll).emit()
-
-
-def output_row(
-    length: Length,
-    stores: list[RowStore],
-    *,
-    lanes: int,
-    unroll: int,
-    streaming: Streaming,
-    large: Expr | None,
-    apart: bool = False,
-) -> Stmt:
-    """A row without sums, or several side by side, past the caches where that can be.
-
-    large: whether the arrays ask for it; None for no. apart: the next row lies elsewhere. Streamed
-    outputs have one alignment: the elements in front of the first aligned vector and behind the
-    last one are stored one by one.
-    """
-    cached = row(length, [], stores, lanes=lanes, unroll=unroll)
-    streams = [s for s in stores if s.stream is not None]
-    apart_from = knobs().streamed_apart
-    if large is None or not streams or (length.most is not None and length.most < apart_from):
-        return cached
-    elements = length.elements
-    streamed = _StreamedRow(elements, stores, lanes, unroll, streaming)
-    whole = tirx.EQ(modulo(elements, lanes), i64(0))
-    shares_none = tirx.And(whole, tirx.EQ(streamed.unaligned(), i64(0)))
-    short = tirx.And(shares_none, tirx.GE(elements, i64(knobs().streamed_apart)))
-    if apart:
-        short = tirx.GE(elements, i64(knobs().streamed_row // 2))
-    fits = tirx.And(large, tirx.Or(tirx.GE(elements, i64(knobs().streamed_row)), short))
-    if len(streams) > 1:
-        fits = tirx.And(fits, whole)
-    return when(fits, streamed.emit(), cached)
 
 
 def registers_a_sum(sums: int, vector_bytes: int) -> int:
@@ -261,58 +224,6 @@ class _Row:
             # A row shorter than that is spared the clearing and folding of the registers.
             return when(tirx.GT(n_wide, i64(0)), body)
         return body if known else seq([])
-
-
-class _StreamedRow:
-    def __init__(
-        self, length: Expr, stores: list[RowStore], lanes: int, unroll: int, streaming: Streaming
-    ) -> None:
-        self.length = length
-        self.stores = stores
-        self.lanes = lanes
-        self.unroll = unroll
-        self.streaming = streaming
-
-    def emit(self) -> Stmt:
-        body: list[Stmt] = []
-        head = bind("head", least(self.unaligned(), self.length), body)
-        count = tirx.Sub(self.length, head)
-        n_wide = bind("n_wide", floordiv(count, self.lanes * self.unroll), body)
-        done = bind("done", plus(head, times(n_wide, i64(self.lanes * self.unroll))), body)
-        body.append(self._one_by_one(i64(0), head))
-        body.append(loop(n_wide, lambda k: self._vectors(head, k), name="vector"))
-        body.append(self._one_by_one(done, tirx.Sub(self.length, done)))
-        return seq(body)
-
-    def unaligned(self) -> Expr:
-        """Elements in front of the first aligned vector."""
-        store = next(s for s in self.stores if s.stream is not None)
-        assert store.stream is not None
-        return self.streaming.unaligned(store.stream(i64(0)), store.dtype, self.lanes)
-
-    def _one_by_one(self, start: Expr, count: Expr) -> Stmt:
-        return loop(count, lambda k: seq([s.put(plus(start, k)) for s in self.stores]), name="rest")
-
-    def _vectors(self, head: Expr, k: Expr) -> Stmt:
-        stmts: list[Stmt] = []
-        for u in range(self.unroll):
-            base = plus(head, plus(times(k, i64(self.lanes * self.unroll)), i64(u * self.lanes)))
-            for s in self.stores:
-                stmts.extend(self._vector(s, base))
-        return seq(stmts)
-
-    def _vector(self, store: RowStore, base: Expr) -> list[Stmt]:
-        if store.stream is None:
-            return [vector_loop(self.lanes, lambda lane: store.put(plus(base, lane)))]
-        # The store takes a vector, and vectors arise in loops: TVM's passes make one of this.
-        staged = tirx.decl_buffer((self.lanes,), store.dtype, "staged", scope="global")
-        fill = vector_loop(
-            self.lanes,
-            lambda lane: tirx.BufferStore(staged, store.value(plus(base, lane)), [lane]),
-        )
-        whole = tirx.BufferLoad(staged, [tirx.Ramp(i64(0), i64(1), self.lanes)])
-        done = self.streaming.store(store.stream(base), whole, store.dtype, self.lanes)
-        return [tirx.AllocBuffer(staged), fill, done]
 
 
 class _Accumulator:

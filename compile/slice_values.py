@@ -121,20 +121,24 @@ class SliceValues:
     def keep(self, steps: list[Step]) -> Stmt | None:
         """Store the values of steps where they are wanted."""
         kept = [step for step in steps if self._is_kept(step.op.out)]
-        if not kept:
-            return None
-        return self.each_slice(lambda c: seq([self._store(step, c) for step in kept]))
+        return seq([self._keep(step) for step in kept]) if kept else None
 
-    def _store(self, step: Step, c: Expr) -> Stmt:
-        tensor, at = step.op.out, self.position(c)
-        place = offset(tensor, at, self.extents)
-        value = self.memory.settled(step, at, c)
-        stmts = []
+    def _keep(self, step: Step) -> Stmt:
+        tensor, stmts = step.op.out, []
         if tensor in self.frame.workspaces:
-            stmts.append(self.frame.store(tensor, value, place))
+            stmts.append(self.each_slice(lambda c: self.frame.store(tensor, *self._kept(step, c))))
         if tensor.output_index is not None:
-            stmts.append(self.frame.request_store(tensor, value, place))
+
+            def put(add: bool) -> Stmt:
+                return self.each_slice(lambda c: self.frame.put(tensor, *self._kept(step, c), add))
+
+            stmts.append(self.frame.on_request(tensor, put))
         return seq(stmts)
+
+    def _kept(self, step: Step, c: Expr) -> tuple[Expr, Expr]:
+        """A step's value for slice `c`, and where it is stored."""
+        at = self.position(c)
+        return self.memory.settled(step, at, c), offset(step.op.out, at, self.extents)
 
 
 def _narrow_inputs(plan: SlicePlan) -> list[Tensor]:

@@ -15,11 +15,11 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.output_row import output_row
 from normgraph.compile.row_kernel import (
     RowStore,
     RowSum,
     fold,
-    output_row,
     registers_a_sum,
     row,
 )

@@ -17,6 +17,7 @@ from normgraph.compile.tir import Expr, Stmt
 
 _LLVM_TYPES = {"float32": "float", "float64": "double", "float16": "half", "bfloat16": "i16"}
 _BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+_LINE = 64
 # Where the machine that will run the kernel is not known.
 _USUAL_CACHE = 32 << 20
 
@@ -26,24 +27,31 @@ class Streaming:
 
     def __init__(self, target: Target) -> None:
         self.used: set[tuple[str, int]] = set()
+        self.aligned: set[str] = set()
         self.x86 = target.triple.startswith("x86_64")
         self.cache_bytes = last_level_cache() if target.name == "cpu" else _USUAL_CACHE
 
-    def unaligned(self, element: Expr, dtype: str, lanes: int) -> Expr:
-        """How many elements from this one on lie in front of the first aligned vector."""
-        self.used.add((dtype, lanes))
-        name = f"normgraph_unaligned_{dtype}x{lanes}"
-        return tirx.call_extern("int64", name, tirx.address_of(element))
+    def line(self, dtype: str) -> int:
+        """The elements of a cache line."""
+        return _LINE // _BYTES[dtype]
+
+    def unaligned(self, element: Expr, dtype: str) -> Expr:
+        """How many elements from this one on lie in front of the first whole cache line."""
+        self.aligned.add(dtype)
+        return tirx.call_extern("int64", f"normgraph_unaligned_{dtype}", tirx.address_of(element))
 
     def store(self, element: Expr, vector: Expr, dtype: str, lanes: int) -> Stmt:
-        """Store a vector at the (aligned) address of `element`."""
+        """Store a vector of whole lines at the address of `element`, where a line begins."""
         self.used.add((dtype, lanes))
         name = f"normgraph_stream_{dtype}x{lanes}"
         call = tirx.call_extern("int32", name, tirx.address_of(element), vector)
         return tirx.Evaluate(call)
 
     def fence(self) -> Stmt:
-        """Make this thread's streamed stores visible before what it stores next."""
+        """Make this thread's streamed stores visible before what it stores next.
+
+        The threads of the pool do so at the end of their tasks (thread_pool.c).
+        """
         return tirx.Evaluate(tirx.call_extern("int32", "normgraph_fence"))
 
     def wrap(self, body: Stmt) -> Stmt:
@@ -51,7 +59,8 @@ class Streaming:
         return tirx.AttrStmt(0, "pragma_import_llvm", StringImm(self._functions()), body)
 
     def _functions(self) -> str:
-        lines = [line for each in sorted(self.used) for line in _vector_functions(*each)]
+        lines = [line for each in sorted(self.aligned) for line in _count_function(each)]
+        lines += [line for each in sorted(self.used) for line in _store_function(*each)]
         # x86 orders such stores by sfence only; elsewhere the end of the task does.
         fence = ["  call void @llvm.x86.sse.sfence()"] if self.x86 else []
         lines += ["define i32 @normgraph_fence() {", *fence, "  ret i32 0", "}"]
@@ -60,19 +69,23 @@ class Streaming:
         return "\n".join([*lines, "!0 = !{i32 1}", ""])
 
 
-def _vector_functions(dtype: str, lanes: int) -> list[str]:
-    size = _BYTES[dtype]
-    stored = f"<{lanes} x {_LLVM_TYPES[dtype]}>"
+def _count_function(dtype: str) -> list[str]:
     return [
-        f"define i64 @normgraph_unaligned_{dtype}x{lanes}(ptr %p) {{",
+        f"define i64 @normgraph_unaligned_{dtype}(ptr %p) {{",
         "  %address = ptrtoint ptr %p to i64",
         "  %behind = sub i64 0, %address",
-        f"  %bytes = and i64 %behind, {lanes * size - 1}",
-        f"  %count = udiv i64 %bytes, {size}",
+        f"  %bytes = and i64 %behind, {_LINE - 1}",
+        f"  %count = udiv i64 %bytes, {_BYTES[dtype]}",
         "  ret i64 %count",
         "}",
+    ]
+
+
+def _store_function(dtype: str, lanes: int) -> list[str]:
+    stored = f"<{lanes} x {_LLVM_TYPES[dtype]}>"
+    return [
         f"define i32 @normgraph_stream_{dtype}x{lanes}(ptr %p, {stored} %v) {{",
-        f"  store {stored} %v, ptr %p, align {lanes * size}, !nontemporal !0",
+        f"  store {stored} %v, ptr %p, align {_LINE}, !nontemporal !0",
         "  ret i32 0",
         "}",
     ]

@@ -99,6 +99,14 @@ static void relax(void) {
 #endif
 }
 
+/* Stores that went past the caches (streaming.py) are seen before what follows: x86 keeps other
+ * stores in order, but not those. */
+static void order_stores(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 static void sleep_while(_Atomic uint32_t* word, uint32_t value) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
@@ -169,6 +177,7 @@ static uint32_t work_on(job* on, int home, uint32_t most) {
       ++done;
     }
   }
+  if (done) order_stores();
   if (done && atomic_fetch_sub(&on->unfinished, done) == done && atomic_load(&on->awaited)) {
     wake(&on->unfinished, 1);
   }

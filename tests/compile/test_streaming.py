@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tvm import tirx
 
 import normgraph
 from normgraph import NormSpec
 from normgraph.compile import streaming
+from normgraph.compile.output_row import output_row
+from normgraph.compile.row_kernel import RowStore
+from normgraph.compile.row_lengths import Length
+from normgraph.compile.targets import resolve
 from normgraph.graphs import reference
 
 Array = NDArray[Any]
@@ -119,6 +125,31 @@ def test_the_caller_sees_what_was_streamed(streamed: Callable[..., Any]) -> None
         y.fill(np.nan)
         operator.forward(x, gamma, beta, out={"y": y})
         np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_whole_lines_are_streamed(dtype: str, lanes: int, rows: int) -> None:
+    """Parts of lines, of narrow vectors or of rows that take turns, cost as much as whole ones."""
+    own = streaming.Streaming(resolve("x86-64-v3"))
+    memory = tirx.decl_buffer((1 << 20,), dtype, "memory")
+    stores = [
+        RowStore(
+            lambda index: tirx.BufferLoad(memory, [index]),
+            lambda index, value, new: tirx.BufferStore(memory, value, [index]),
+            dtype,
+            stream=lambda index: tirx.BufferLoad(memory, [index]),
+        )
+        for _ in range(rows)
+    ]
+    length = Length.of(tirx.Var("length", "int64"))
+    large = tirx.Var("large", "bool")
+    body = output_row(length, stores, lanes=lanes, unroll=1, streaming=own, large=large)
+    lengths = re.findall(rf"normgraph_stream_{dtype}x(\d+)", str(body))
+    own_type = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    assert len(lengths) == rows
+    assert all(int(each) * own_type.itemsize % 64 == 0 for each in lengths)
 
 
 def test_the_cache_of_this_machine_is_known() -> None:
