@@ -17,6 +17,7 @@ from tvm import tirx
 
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.knobs import knobs
+from normgraph.compile.normal_form import normal_form, users_of
 from normgraph.compile.tensor_program import (
     ONE,
     Apply,
@@ -138,56 +139,13 @@ def plan(program: TensorProgram) -> SlicePlan:
 class _Planner:
     def __init__(self, program: TensorProgram) -> None:
         self.program = program
-        self.ops: dict[Tensor, Operation] = {}
-        for op in program.operations:
-            self.ops[op.out] = op
+        self.ops = normal_form(program)
         self.every_axis = frozenset(i for t in self._all_tensors() for i in t.axes)
-        self._collapse_nested_sums()
-        self._keep_reachable()
         self._label()
 
     def _all_tensors(self) -> Iterator[Tensor]:
         yield from self.program.inputs
         yield from self.ops
-
-    # Normal form.
-
-    def _users(self) -> dict[Tensor, list[Operation]]:
-        users: dict[Tensor, list[Operation]] = defaultdict(list)
-        for op in self.ops.values():
-            for tensor in set(loads(op.value)):
-                users[tensor].append(op)
-        return users
-
-    def _collapse_nested_sums(self) -> None:
-        """A sum that only feeds sums (batch norm over s, then n) is done in one traversal."""
-        users = self._users()
-        for op in list(self.ops.values()):
-            inner = self._direct_sum(op)
-            if inner is None or inner.out.output_index is not None:
-                continue
-            if all(self._direct_sum(user) is inner for user in users[inner.out]):
-                reduce = op.reduce | inner.reduce
-                self.ops[op.out] = Operation(op.out, inner.value, reduce)
-
-    def _direct_sum(self, op: Operation) -> Operation | None:
-        if op.reduce and isinstance(op.value, Load):
-            inner = self.ops.get(op.value.tensor)
-            if inner is not None and inner.reduce:
-                return inner
-        return None
-
-    def _keep_reachable(self) -> None:
-        live: set[Tensor] = set()
-        stack = list(self.program.outputs)
-        while stack:
-            tensor = stack.pop()
-            if tensor in live:
-                continue
-            live.add(tensor)
-            if tensor in self.ops:
-                stack.extend(loads(self.ops[tensor].value))
-        self.ops = {tensor: op for tensor, op in self.ops.items() if tensor in live}
 
     def _label(self) -> None:
         """`needs`: the outputs behind each tensor. `wide`: values that range over all axes."""
@@ -220,6 +178,7 @@ class _Planner:
         self.slice_axes = slice_axes
         self._split_sums_across_slices()
         self._find_across()
+        self._find_late()
         passes = self._passes()
         finish, finish_sums = self._finish()
         stored = [t for t in self.ops if t in self.stored]
@@ -304,8 +263,23 @@ class _Planner:
             if crosses or any(t in self.across for t in loads(op.value)):
                 self.across.add(op.out)
 
+    def _find_late(self) -> None:
+        """What several slices share and only what is across them reads: written into that.
+
+        Kept as a slice's own, each of those slices would store it to the same place.
+        """
+        self.late: set[Tensor] = set()
+        users = users_of(self.ops.values())
+        for op in reversed(list(self.ops.values())):
+            shared = bool(op.out.axes) and op.out.axes < self.slice_axes and not op.reduce
+            if not shared or op.out.output_index is not None or op.out in self.across:
+                continue
+            if all(user.out in self.across | self.late for user in users[op.out]):
+                self.late.add(op.out)
+
     def _passes(self) -> list[Pass]:
-        slice_ops = [op for op in self.ops.values() if op.out not in self.across]
+        over = self.across | self.late
+        slice_ops = [op for op in self.ops.values() if op.out not in over]
         self.per_slice: dict[Tensor, None] = {
             op.out: None
             for op in slice_ops
@@ -320,7 +294,7 @@ class _Planner:
         columns: list[Step] = []
         for op in self.ops.values():
             column = op.out in self.columns
-            if op.out in self.across and not column:
+            if op.out in over and not column:
                 continue
             value = self._inlined(op.value)
             known = max((ready[t] for t in loads(value)), default=-1)

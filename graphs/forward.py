@@ -87,12 +87,10 @@ def _write_folded(f: Frame) -> None:
 
 
 def _write_running(f: Frame, squares: str, count: Count) -> None:
-    """new = old * keep + batch * rate, which keeps its digits also where rate is near 1.
+    """new = old * keep + batch * rate; batch is the mean over n of the slices' statistics.
 
-    Where batch is a mean over n of the slices' statistics, old + rate * (batch - old): it takes no
-    value that has one element a channel, but not one a slice, in front of that mean. The torch
-    convention takes the variance over m - 1, at least 1, the others over m. An empty x changes
-    nothing.
+    Not old + rate * (batch - old), which cancels where rate is near 1. The torch convention takes
+    the variance over m - 1, at least 1, the others over m. An empty x changes nothing.
     """
     g, layout = f.g, f.layout
     unbiased = f.spec.convention == "torch"
@@ -103,24 +101,26 @@ def _write_running(f: Frame, squares: str, count: Count) -> None:
         n = f.batch_size(mean)
         mean = g.Div("mean_over_n", f.sum("mean_sum", mean, rest), n)
         var = g.Div("var_over_n", f.sum("var_sum", var, rest), n)
-    given = f.spec.momentum
-    momentum: Operand = f.load("momentum") if given is None else float(given)
-
-    def other() -> Operand:
-        return g.Sub("one_less_momentum", 1.0, momentum) if given is None else 1.0 - float(given)
-
-    rate: Operand = momentum if unbiased else other()
-    keep: Operand | None = None if rest else other() if unbiased else momentum
-    if layout.may_be_empty:
-        some = f.any_element()
-        rate = g.Mul("rate_if_any", some, rate)
-        if keep is not None:
-            kept = g.Mul("keep_if_any", some, keep)
-            keep = g.Add("keep", kept, g.Sub("none", 1.0, some))
+    keep, rate = _weights(f, weights_new=unbiased)
     for name, batch in (("running_mean", mean), ("running_var", var)):
-        old, new = f.load(name), f.result(f"new_{name}")
-        if keep is None:
-            g.Add(new, old, g.Mul(f"{name}_step", g.Sub(f"{name}_change", batch, old), rate))
-        else:
-            kept = g.Mul(f"{name}_kept", old, keep)
-            g.Add(new, kept, g.Mul(f"{name}_added", batch, rate))
+        kept = g.Mul(f"{name}_kept", f.load(name), keep)
+        g.Add(f.result(f"new_{name}"), kept, g.Mul(f"{name}_added", batch, rate))
+
+
+def _weights(f: Frame, *, weights_new: bool) -> tuple[Operand, Operand]:
+    """The weights of the old value and of the new: momentum is one of them, or x is empty: 1, 0."""
+    g = f.g
+    given: Operand
+    other: Operand
+    if f.spec.momentum is None:
+        given = f.load("momentum")
+        other = g.Sub("one_less_momentum", 1.0, given)
+    else:
+        given = float(f.spec.momentum)
+        other = 1.0 - given
+    keep, rate = (other, given) if weights_new else (given, other)
+    if not f.layout.may_be_empty:
+        return keep, rate
+    some = f.any_element()
+    kept = g.Mul("keep_if_any", some, keep)
+    return g.Add("keep", kept, g.Sub("none", 1.0, some)), g.Mul("rate_if_any", some, rate)

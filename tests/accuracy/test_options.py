@@ -122,3 +122,22 @@ def test_what_a_spec_lacks_is_not_taken_and_not_given(build_operator: Callable[.
     dx = operator.backward(x, x, mean, inv_std)
     assert isinstance(dx, np.ndarray)
     np.testing.assert_allclose(y.mean(axis=2), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_a_first_batch_replaces_the_running_statistics(
+    op: str, build_operator: Callable[..., Any]
+) -> None:
+    """At momentum 1 nothing of the old value is left, and all digits of a small new one are."""
+    spec = NormSpec(op, track_running_stats=True, momentum=None)
+    operator = build_operator(spec, ("N", 3, "H", "W"), "float32")
+    x = np.random.default_rng(0).standard_normal((5, 3, 7, 9)).astype(np.float32)
+    x *= np.float32(1e-5)
+    ones = np.ones(3, np.float32)
+    result = operator.forward(x, ones, ones, ones, ones, 1.0)
+    exact = x.astype(np.float64)
+    over = (0, 2, 3) if op == "batch_norm" else (2, 3)
+    var = exact.var(axis=over, ddof=1)
+    var = var if op == "batch_norm" else var.mean(axis=0)
+    np.testing.assert_allclose(result.new_running_var, var, rtol=1e-5)
+    np.testing.assert_allclose(result.new_running_mean, exact.mean(axis=(0, 2, 3)), atol=1e-11)

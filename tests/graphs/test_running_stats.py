@@ -54,16 +54,19 @@ def test_torch_convention(run_onnx: Any, op: str, momentum: float, correction: i
 @pytest.mark.parametrize(
     ("convention", "momentum"), [("torch", 1.0), ("onnx", 0.0), ("mxnet", 0.0)]
 )
-def test_all_of_the_new_value(run_onnx: Any, convention: str, momentum: float) -> None:
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_all_of_the_new_value(run_onnx: Any, op: str, convention: str, momentum: float) -> None:
     """A first batch replaces what was there, however small it is beside that."""
-    spec = NormSpec("batch_norm", convention=convention, momentum=momentum)
+    spec = NormSpec(op, track_running_stats=True, convention=convention, momentum=momentum)
     model = graphs.build(spec, "forward", NAMES, "float32")
     given = {k: v.astype(np.float32) for k, v in made_inputs().items()}
     given["x"] = ((given["x"] - 1.0) * np.float32(1e-5)).astype(np.float32)
     inputs = {i.name: given[i.name] for i in model.graph.input}
     got = run_onnx(model, inputs)
     x = given["x"].astype(np.float64)
-    var = x.var(axis=(0, 2, 3), ddof=int(convention == "torch"))
+    over = (0, 2, 3) if op == "batch_norm" else (2, 3)
+    var = x.var(axis=over, ddof=int(convention == "torch"))
+    var = var if op == "batch_norm" else var.mean(axis=0)
     np.testing.assert_allclose(got["new_running_var"], var, rtol=1e-5)
     np.testing.assert_allclose(got["new_running_mean"], x.mean(axis=(0, 2, 3)), atol=1e-11)
 
