@@ -274,14 +274,15 @@ class ColumnSlices:
     def _centred(self, stage: Stage, found: Match, block: MatrixBlock, stmts: list[Stmt]) -> None:
         around = Centring(found)
         sample = block.span(16)
-        (total,) = block.sums([around.sample], sample, stmts).values()
+        totals = [*block.sums(around.samples, sample, stmts).values()]
+        total = totals[0]
         count = tirx.Var("sampled", self.frame.dtype)
         stmts.append(tirx.Bind(count, tirx.Cast(self.frame.dtype, sample.row_end - sample.row)))
 
         def shift(v: Expr) -> Stmt:
             made: list[Stmt] = []
-            rounded = around.rounded(get(total, v) / count, made)
-            return seq([*made, put(total, rounded, v)])
+            near = around.near_mean([get(each, v) / count for each in totals], made)
+            return seq([*made, put(total, near, v)])
 
         stmts.append(unrolled(self.matrix.vector, shift, "v"))
         block.tile.lanes[around.shift] = total
