@@ -196,7 +196,7 @@ class Program:
             name: np.empty(shape, numpy_type(dtype))
             for name, (shape, dtype) in {**(outputs or {}), **(scratch or {})}.items()
         }
-        arrays = {n: np.ascontiguousarray(a) for n, a in {**given, **empty}.items()}
+        arrays = {n: np.asarray(a, order="C") for n, a in {**given, **empty}.items()}
         roles = {
             **dict.fromkeys(inputs, "input"),
             **dict.fromkeys(updates or {}, "update"),

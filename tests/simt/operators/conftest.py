@@ -153,7 +153,7 @@ class Artifact:
 
             def place(name: str, role: int, array: Array) -> None:
                 made, at[name] = self.device.tensor(
-                    name, role, np.ascontiguousarray(array), (misaligned or {}).get(name, 0)
+                    name, role, np.asarray(array, order="C"), (misaligned or {}).get(name, 0)
                 )
                 tensors.append(made)
                 arrays[name] = array
