@@ -11,7 +11,8 @@ The source stays as it is, but for the declarations of shared memory, which beco
 memory of the block that runs (`translate`). Each thread is a fiber; threads and blocks run in an
 order of chance (`seed`). The compiler calls the emulator at every load and store, so that every
 access is checked for its bounds, for what it reads, and for a barrier between it and what other
-threads do; tests/simt/emulator holds the emulator in C++, one file a role.
+threads do. Volatile stores reach other blocks late and in any order, but for fences. Folder
+tests/simt/emulator holds the emulator in C++, one file a role.
 
 The package registries have no emulator for CUDA C++: of Debian's and PyPI's, oclgrind takes OpenCL
 and Numba's simulator takes kernels written in Python.

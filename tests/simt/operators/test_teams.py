@@ -248,6 +248,21 @@ def test_words_that_are_not_waited_for(rerun: Rerun) -> None:
     assert "race" in rerun.run(plain).kinds
 
 
+def test_a_word_that_is_written_in_two(rerun: Rerun) -> None:
+    """The turn may be seen before the value, unless a fence stands between them."""
+    (text,) = rerun.changed(
+        r"\*\(volatile unsigned long long\*\)\(words \+ at\) =\s[^;]*;",
+        "volatile unsigned* half = (volatile unsigned*)(words + at);"
+        " half[0] = __float_as_uint(value); FENCE half[1] = (unsigned)turn;",
+    )
+    loose, fenced = (text.replace("FENCE", each) for each in ("", "__threadfence();"))
+    means = [rerun.run(loose, seed).arrays["mean"] for seed in range(4)]
+    right = rerun.first.arrays["mean"]
+    assert not all(np.array_equal(mean, right) for mean in means)
+    for seed in range(2):
+        np.testing.assert_array_equal(rerun.run(fenced, seed).clean["mean"], right)
+
+
 def test_words_that_are_not_cleared(rerun: Rerun) -> None:
     assert "uninitialised-read" in rerun.run(rerun.text, launches=[rerun.team]).kinds
 
