@@ -141,8 +141,8 @@ class MatrixBlock:
         rows = as_i32(self.matrix.rows)
         if share > 1:
             rows = tirx.Max(quotient(rows, share), i32(1))
-        last = tirx.Min(first + rows, as_i32(self.matrix.geometry.rows))
-        return Span(first, last, self.start, self.vectors)
+        count = tirx.Min(rows, as_i32(self.matrix.geometry.rows) - first)
+        return Span(first, first + count, self.start, self.vectors)
 
     def each_tile(self, span: Span, body: Callable[[Span], Stmt]) -> Stmt:
         """`body` for each tile of rows."""
@@ -342,8 +342,8 @@ class ColumnSlices:
 
         def elements(p: Expr) -> Expr:
             first = p * as_i32(self.matrix.rows)
-            last = tirx.Min(first + as_i32(self.matrix.rows), as_i32(self.matrix.geometry.rows))
-            return tirx.Cast(self.frame.dtype, last - first)
+            left = as_i32(self.matrix.geometry.rows) - first
+            return tirx.Cast(self.frame.dtype, tirx.Min(as_i32(self.matrix.rows), left))
 
         return Parts(part, each, combine, elements)
 

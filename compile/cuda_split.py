@@ -260,8 +260,8 @@ class _Chunk:
         """How many elements chunk `part` has, in the sums' type."""
         span = self.span(part)
         rows = self._count(span.row, span.row_end)
-        count = rows * (span.column_end - span.column) * self.split.vector
-        return tirx.Cast(self.frame.dtype, count)
+        vectors = tirx.Cast(self.frame.dtype, rows * (span.column_end - span.column))
+        return vectors * tirx.FloatImm(self.frame.dtype, self.split.vector)
 
     def _count(self, start: Expr, end: Expr) -> Expr:
         return end - start if self.split.geometry.row_axes else i32(1)
@@ -273,9 +273,10 @@ class _Chunk:
         row_part = quotient(part, across)
         column = (part - row_part * across) * as_i32(chunks.columns)
         vectors = as_i32(ceildiv(g.length, i64(self.split.vector)))
-        column_end = tirx.Min(column + as_i32(chunks.columns), vectors)
+        column_end = column + tirx.Min(as_i32(chunks.columns), vectors - column)
         row = row_part * as_i32(chunks.rows)
-        return Span(row, tirx.Min(row + as_i32(chunks.rows), as_i32(g.rows)), column, column_end)
+        row_end = row + tirx.Min(as_i32(chunks.rows), as_i32(g.rows) - row)
+        return Span(row, row_end, column, column_end)
 
     # The traversal.
 
