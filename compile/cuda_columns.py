@@ -141,8 +141,8 @@ class MatrixBlock:
         rows = as_i32(self.matrix.rows)
         if share > 1:
             rows = tirx.Max(quotient(rows, share), i32(1))
-        last = tirx.Min(first + rows, as_i32(self.matrix.geometry.rows))
-        return Span(first, last, self.start, self.vectors)
+        count = tirx.Min(rows, as_i32(self.matrix.geometry.rows) - first)
+        return Span(first, first + count, self.start, self.vectors)
 
     def each_tile(self, span: Span, body: Callable[[Span], Stmt]) -> Stmt:
         """`body` for each tile of rows."""
@@ -274,14 +274,15 @@ class ColumnSlices:
     def _centred(self, stage: Stage, found: Match, block: MatrixBlock, stmts: list[Stmt]) -> None:
         around = Centring(found)
         sample = block.span(16)
-        (total,) = block.sums([around.sample], sample, stmts).values()
+        totals = [*block.sums(around.samples, sample, stmts).values()]
+        total = totals[0]
         count = tirx.Var("sampled", self.frame.dtype)
         stmts.append(tirx.Bind(count, tirx.Cast(self.frame.dtype, sample.row_end - sample.row)))
 
         def shift(v: Expr) -> Stmt:
             made: list[Stmt] = []
-            rounded = around.rounded(get(total, v) / count, made)
-            return seq([*made, put(total, rounded, v)])
+            near = around.near_mean([get(each, v) / count for each in totals], made)
+            return seq([*made, put(total, near, v)])
 
         stmts.append(unrolled(self.matrix.vector, shift, "v"))
         block.tile.lanes[around.shift] = total
@@ -341,8 +342,8 @@ class ColumnSlices:
 
         def elements(p: Expr) -> Expr:
             first = p * as_i32(self.matrix.rows)
-            last = tirx.Min(first + as_i32(self.matrix.rows), as_i32(self.matrix.geometry.rows))
-            return tirx.Cast(self.frame.dtype, last - first)
+            left = as_i32(self.matrix.geometry.rows) - first
+            return tirx.Cast(self.frame.dtype, tirx.Min(as_i32(self.matrix.rows), left))
 
         return Parts(part, each, combine, elements)
 

@@ -19,10 +19,11 @@ from normgraph.compile.cuda_kernel import (
     registers,
 )
 from normgraph.compile.cuda_settle import Settler
+from normgraph.compile.half_types import HALF_TYPES
 from normgraph.compile.shifted_sums import Match
 from normgraph.compile.slice_plan import Pass, Step
 from normgraph.compile.tensor_program import Apply, Load, Node, Operation, Tensor, loads
-from normgraph.compile.tir import Expr, Stmt, seq, when
+from normgraph.compile.tir import Expr, Stmt, seq, when, zero
 
 
 @dataclass
@@ -76,8 +77,8 @@ def stages(
 class Centring:
     """The sums of a traversal that centres on a number near the mean.
 
-    sample: what is added up of a part of the elements, for `shift`. sums: sum(x - shift) and
-    sum((x - shift)^2).
+    samples: what is added up of a part of the elements, for `shift`: sum(x), and for half types
+    sum(|x|). sums: sum(x - shift) and sum((x - shift)^2).
     """
 
     def __init__(self, found: Match) -> None:
@@ -89,24 +90,33 @@ class Centring:
 
         self.shift = Tensor("shift", out.dtype, out.dims)
         around = Apply(tirx.Sub, (x, Load(self.shift)))
-        self.sample = step("sample", x)
-        self.sums = [step("near", around), step("squares", Apply(tirx.Mul, (around, around)))]
         self.dtype = next(iter(loads(x))).dtype
+        self.samples = [step("sample", x)]
+        if self.dtype in HALF_TYPES:
+            self.samples.append(step("sample_sizes", Apply(tirx.abs, (x,))))
+        self.sums = [step("near", around), step("squares", Apply(tirx.Mul, (around, around)))]
 
-    def take(self, mean: Expr, settler: Settler, stmts: list[Stmt]) -> None:
-        """Centre on a mean of some elements."""
-        settler.take(self.shift, self.rounded(mean, stmts), stmts)
+    def take(self, means: Sequence[Expr], settler: Settler, stmts: list[Stmt]) -> None:
+        """Centre on what follows from `samples`, divided by the number of elements."""
+        settler.take(self.shift, self.near_mean(means, stmts), stmts)
 
-    def rounded(self, mean: Expr, stmts: list[Stmt]) -> Expr:
-        """A mean of some elements as what to centre on, rounded to the data's own type.
+    def near_mean(self, means: Sequence[Expr], stmts: list[Stmt]) -> Expr:
+        """What to centre on, given the means of `samples`.
 
-        So that x - shift is exact for half types: rounded in float32, all elements of a binade
-        would be off by the same, and the mean with them.
+        For half types x - shift has to be exact: else all elements of a binade would be off by the
+        same, and the mean with them. So it is rounded to their type, and 0 where it is at most half
+        of the mean of |x|: the first digits of x and the last of a smaller number would be too far
+        apart. As it is, they are so only for elements beyond 2^11 times the shift, which have a
+        part of 2^-24 of the sum of |x| at most to lose.
         """
+        shift = finite_or_zero(means[0])
+        if self.dtype not in HALF_TYPES:
+            return shift
         rounded = registers(1, self.dtype, "rounded_shift")
-        stmts.append(tirx.AllocBuffer(rounded))
-        stmts.append(put(rounded, tirx.Cast(self.dtype, finite_or_zero(mean))))
-        return tirx.Cast(self.shift.dtype, get(rounded))
+        small = tirx.LE(tirx.abs(shift) * tirx.FloatImm("float32", 2.0), means[1])
+        stmts += [tirx.AllocBuffer(rounded), put(rounded, tirx.Cast(self.dtype, shift))]
+        widened = tirx.Cast(self.shift.dtype, get(rounded))
+        return tirx.Select(small, zero(self.shift.dtype), widened)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import tirx
 from tvm.ir import Range, TensorLoad
+from tvm.ir.expr import StringImm
 from tvm.ir.prim.expr import IntImm
 from tvm.tirx.op import tvm_storage_sync
 
@@ -22,6 +23,8 @@ _ALL_LANES = 0xFFFFFFFF
 REGISTERS = 65536
 # The largest vector one memory instruction moves.
 VECTOR_BYTES = 16
+# How far indices of 32 bits go, with more than a tile or a block's threads behind it.
+REACH = (1 << 31) - (1 << 16)
 
 
 def i32(value: int) -> Expr:
@@ -30,9 +33,9 @@ def i32(value: int) -> Expr:
 
 
 def as_i32(value: Expr) -> Expr:
-    """A size as int32."""
+    """A size as int32; where it is none, the host refuses the call (`in_reach`)."""
     known = constant(value)
-    return i32(known) if known is not None else tirx.Cast("int32", value)
+    return i32(known) if known is not None and known <= REACH else tirx.Cast("int32", value)
 
 
 def as_i64(value: Expr) -> Expr:
@@ -51,15 +54,32 @@ def kernel(
     resident: blocks that a multiprocessor has to have the registers for. Where nothing is said, the
     assembler at times spills a few to make room for one block more.
     """
-    block, thread = tirx.Var("block", "int32"), tirx.Var("thread", "int32")
-    work = tirx.AttrStmt(0, _RESIDENT, i32(resident), body(block, thread))
+    # All 64 bits of the number reach the launcher, which refuses what no grid has.
+    block, thread = tirx.Var("block", "int64"), tirx.Var("thread", "int32")
+    work = body(tirx.Cast("int32", block), thread)
+    work = tirx.AttrStmt(0, _RESIDENT, i32(resident), work)
     inner = _bound("threadIdx.x", thread, i32(threads), work)
-    return _bound("blockIdx.x", block, as_i32(blocks), inner)
+    return _bound("blockIdx.x", block, blocks, inner)
 
 
 def _bound(tag: str, var: Any, extent: Expr, body: Stmt) -> Stmt:
-    along = tirx.IterVar(Range(i32(0), extent), var, tirx.IterVar.ThreadIndex, tag)
+    first = IntImm(str(var.ty.dtype), 0)
+    along = tirx.IterVar(Range(first, extent), var, tirx.IterVar.ThreadIndex, tag)
     return tirx.AttrStmt(along, "thread_extent", extent, body)
+
+
+def in_reach(size: Expr, what: str) -> list[Stmt]:
+    """A check on the host that int32 indices reach `size` (int64) things; none where they do.
+
+    It raises a RuntimeError. what: the things, for its message.
+    """
+    known = constant(size)
+    if known is not None and known <= REACH:
+        return []
+    # Reinterpreted as in `on_host`: a bound of the size would change the types of indices.
+    fits = tirx.LE(tirx.reinterpret("int64", size), i64(REACH))
+    text = f"expected at most {REACH} {what}, got more; give a smaller tensor"
+    return [tirx.AssertStmt(fits, StringImm("RuntimeError"), [StringImm(text)])]
 
 
 def unrolled(count: int, body: Callable[[Expr], Stmt], name: str) -> Stmt:

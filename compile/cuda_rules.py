@@ -51,7 +51,7 @@ barriers: the blocks of a team tell each other their sums in one store and one l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -63,7 +63,7 @@ from normgraph.compile.cuda_finish import finish
 from normgraph.compile.cuda_frame import CudaFrame, Room
 from normgraph.compile.cuda_geometry import Geometry, Mapping, geometry, mapping
 from normgraph.compile.cuda_held import HeldSlices
-from normgraph.compile.cuda_kernel import REGISTERS, VECTOR_BYTES
+from normgraph.compile.cuda_kernel import REGISTERS, VECTOR_BYTES, ceildiv, in_reach
 from normgraph.compile.cuda_settle import is_row_sum
 from normgraph.compile.cuda_split import SplitSlices
 from normgraph.compile.cuda_team import TeamSlices
@@ -71,7 +71,7 @@ from normgraph.compile.kernel_frame import item_size
 from normgraph.compile.slice_plan import SlicePlan, plan
 from normgraph.compile.targets import Target
 from normgraph.compile.tensor_program import Tensor, loads, read
-from normgraph.compile.tir import Expr, Stmt, constant, i64, seq, times, when
+from normgraph.compile.tir import Expr, Stmt, constant, i64, product, seq, when
 
 NAME = "cuda-slices"
 
@@ -124,13 +124,14 @@ class _Emitter:
     def emit(self) -> Any:
         opening = self.frame.open()
         across = bool(self.plan.lead_axes) and not self.plan.inner_axes
-        body = self._columns() if across else self._slices(opening)
+        body = self._columns(opening) if across else self._slices(opening)
         return self.frame.close(seq([*opening, body]))
 
     # Slices that are columns.
 
-    def _columns(self) -> Stmt:
-        length = self._columns_of()
+    def _columns(self, opening: list[Stmt]) -> Stmt:
+        length = self._size(self.plan.slice_axes)
+        opening += self._in_reach(self._size(self.plan.lead_axes), length)
         return self._first_that_fits(
             [(self._is_aligned(v, length), self._column_work(v)) for v in self._widths(length)]
         )
@@ -144,16 +145,30 @@ class _Emitter:
         body = work.emit()
         return seq([*host, *self.frame.allocation(), body])
 
-    def _columns_of(self) -> Expr:
-        size: Expr = i64(1)
-        for axis in self.plan.slice_axes:
-            size = times(size, self.program.extents[axis])
-        return size
+    def _size(self, axes: Iterable[int]) -> Expr:
+        return product([self.program.extents[axis] for axis in axes])
+
+    def _in_reach(self, rows: Expr, length: Expr) -> list[Stmt]:
+        """Checks of what kernels count in 32 bits, in front of all allocations."""
+        checks = in_reach(rows, "rows in a slice")
+        width, *_ = self._widths(length)
+        aligned = self._is_aligned(width, length)
+        vectors = length
+        if aligned is not None and in_reach(length, ""):
+            vectors = tirx.Select(aligned, ceildiv(length, i64(width)), length)
+        of = f"vectors of {width} elements, 1 where unaligned," if width > 1 else "elements"
+        checks += in_reach(vectors, f"{of} in a row")
+        columns = {step.op.out for step in self.plan.column_sums}
+        for tensor, step in self.plan.finish_sums.items():
+            if tensor not in columns:
+                checks += in_reach(self._size(step.op.reduce), "slices in a sum")
+        return checks
 
     # Slices of contiguous rows.
 
     def _slices(self, opening: list[Stmt]) -> Stmt:
         where = geometry(self.plan, opening)
+        opening += self._in_reach(where.rows, where.length)
         ends: Stmt | None = None
         if not self.plan.column_sums:
             self.frame.keep_stored(self._stored())

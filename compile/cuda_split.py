@@ -11,7 +11,8 @@
        sum((x - mean)^2) = sum(Q - d (2 A - n d))
 
    exactly (Chan, Golub and LeVeque 1983); the tile is at least 1/16 of the chunk, so d^2 is at
-   most 16 variances and nothing cancels beyond what `shifted_sums` allows.
+   most 16 variances, 32 for half types, where s has few digits (`cuda_gather`); nothing cancels
+   beyond what `shifted_sums` allows.
 4. Later traversals take the slices backwards: what was read last is still in L2.
 
 Roofline. A, the bytes of an array; B, the bandwidth of device memory; L, that of one more launch;
@@ -259,8 +260,8 @@ class _Chunk:
         """How many elements chunk `part` has, in the sums' type."""
         span = self.span(part)
         rows = self._count(span.row, span.row_end)
-        count = rows * (span.column_end - span.column) * self.split.vector
-        return tirx.Cast(self.frame.dtype, count)
+        vectors = tirx.Cast(self.frame.dtype, rows * (span.column_end - span.column))
+        return vectors * tirx.FloatImm(self.frame.dtype, self.split.vector)
 
     def _count(self, start: Expr, end: Expr) -> Expr:
         return end - start if self.split.geometry.row_axes else i32(1)
@@ -272,9 +273,10 @@ class _Chunk:
         row_part = quotient(part, across)
         column = (part - row_part * across) * as_i32(chunks.columns)
         vectors = as_i32(ceildiv(g.length, i64(self.split.vector)))
-        column_end = tirx.Min(column + as_i32(chunks.columns), vectors)
+        column_end = column + tirx.Min(as_i32(chunks.columns), vectors - column)
         row = row_part * as_i32(chunks.rows)
-        return Span(row, tirx.Min(row + as_i32(chunks.rows), as_i32(g.rows)), column, column_end)
+        row_end = row + tirx.Min(as_i32(chunks.rows), as_i32(g.rows) - row)
+        return Span(row, row_end, column, column_end)
 
     # The traversal.
 
@@ -311,19 +313,20 @@ class _Chunk:
 
     def _centred(self, found: Match, span: Span, stmts: list[Stmt]) -> None:
         around = Centring(found)
-        sample, sums = around.sample, around.sums
-        total = _totals([sample])
+        samples, sums = around.samples, around.sums
+        total = _totals(samples)
         bits = self._tile_size()
         tile = self._tile(span, i32(0), i32(0), bits)
         stmts += [cleared(buffer) for buffer in total.values()]
-        stmts.append(self.tile.load(tile, [sample]))
-        stmts.append(self.tile.each(tile, partial(self.tile.add_up, [sample], total)))
-        (buffer,) = total.values()
-        over_block([buffer], self.thread, THREADS, stmts)
+        stmts.append(self.tile.load(tile, samples))
+        stmts.append(self.tile.each(tile, partial(self.tile.add_up, samples, total)))
+        over_block([*total.values()], self.thread, THREADS, stmts)
         columns = tirx.Min(bits[1], span.column_end - span.column)
         rows = tirx.Min(bits[0], self._count(span.row, span.row_end))
-        count = tirx.Cast(self.frame.dtype, rows * columns * self.split.vector)
-        around.take(get(buffer) / count, self.settler, stmts)
+        count = tirx.Var("sampled", self.frame.dtype)
+        of_tile = tirx.Cast(self.frame.dtype, rows * columns * self.split.vector)
+        stmts.append(tirx.Bind(count, of_tile))
+        around.take([get(buffer) / count for buffer in total.values()], self.settler, stmts)
         totals = _totals(sums)
         stmts += [cleared(each) for each in totals.values()]
 

@@ -283,8 +283,10 @@ class _Member:
 
     def _centred(self, found: Match, stmts: list[Stmt]) -> list[Expr]:
         around = Centring(found)
-        (total,) = self._sums([around.sample], stmts)
-        around.take(total / self._elements(self.part), self.settler, stmts)
+        totals = self._sums(around.samples, stmts)
+        count = tirx.Var("sampled", self.frame.dtype)
+        stmts.append(tirx.Bind(count, self._elements(self.part)))
+        around.take([total / count for total in totals], self.settler, stmts)
         return [self.tile.values[around.shift], *self._sums(around.sums, stmts)]
 
     # What the team's blocks tell each other.

@@ -11,7 +11,8 @@ The source stays as it is, but for the declarations of shared memory, which beco
 memory of the block that runs (`translate`). Each thread is a fiber; threads and blocks run in an
 order of chance (`seed`). The compiler calls the emulator at every load and store, so that every
 access is checked for its bounds, for what it reads, and for a barrier between it and what other
-threads do; tests/simt/emulator holds the emulator in C++, one file a role.
+threads do. Volatile stores reach other blocks late and in any order, but for fences. Folder
+tests/simt/emulator holds the emulator in C++, one file a role.
 
 The package registries have no emulator for CUDA C++: of Debian's and PyPI's, oclgrind takes OpenCL
 and Numba's simulator takes kernels written in Python.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import platform
 import re
 import shutil
 import subprocess
@@ -38,6 +40,9 @@ import pytest
 Array = npt.NDArray[Any]
 Size = tuple[int, int, int]
 Shape = tuple[int, ...]
+# Whether this host rounds a*b + c once, and what a compiler has to be told for it.
+_FUSES = platform.machine() != "x86_64" or " fma " in Path("/proc/cpuinfo").read_text()
+_FUSING = ("-mfma",) if _FUSES and platform.machine() == "x86_64" else ()
 # Plain C++ for the emulator; what a kernel is compiled with tells it of every access.
 _PLAIN = ("-std=c++17", "-O2", "-w", "-fPIC", "-U_FORTIFY_SOURCE")
 _CHECKED = (
@@ -49,9 +54,10 @@ _CHECKED = (
     "-fsanitize=thread",
     "-fsanitize=alignment,bounds",
     "-fno-strict-aliasing",  # sources take a float4 from a float's address, as nvcc allows
-    "-ffp-contract=off",
     "-fno-exceptions",
 )
+# A product and a sum rounded twice, or once as on a GPU: for that g++ has to optimise.
+_ROUNDED = {False: ("-ffp-contract=off",), True: ("-ffp-contract=fast", "-O2", *_FUSING)}
 # Volatile accesses are told apart: words that blocks tell one another values by.
 _VOLATILE = {
     "g++": ("--param=tsan-distinguish-volatile=1",),
@@ -196,7 +202,7 @@ class Program:
             name: np.empty(shape, numpy_type(dtype))
             for name, (shape, dtype) in {**(outputs or {}), **(scratch or {})}.items()
         }
-        arrays = {n: np.ascontiguousarray(a) for n, a in {**given, **empty}.items()}
+        arrays = {n: np.asarray(a, order="C") for n, a in {**given, **empty}.items()}
         roles = {
             **dict.fromkeys(inputs, "input"),
             **dict.fromkeys(updates or {}, "update"),
@@ -282,7 +288,12 @@ def _split(data: bytes, arrays: Mapping[str, Array]) -> Iterable[tuple[str, Arra
 
 
 class Emulator:
-    """Compiles sources, each once a session. `folder` is for files of this process."""
+    """Compiles sources, each once a session. `folder` is for files of this process.
+
+    fuses: whether programs compiled with fused=True differ.
+    """
+
+    fuses = _FUSES
 
     def __init__(self, folder: Path, code: Path, make_once: Callable[..., Path]) -> None:
         self.folder = folder
@@ -292,7 +303,7 @@ class Emulator:
         assert compiler, "a C++ compiler is needed: install g++ or clang++"
         self.compiler = compiler
         self._volatile = _VOLATILE[Path(compiler).name]
-        self._programs: dict[str, Program] = {}
+        self._programs: dict[tuple[str, bool], Program] = {}
         self.engine = make_once("emulator", self._compile_engine)
         self.driver = self.engine / "libsimt.so"
         self.runner = self.engine / "runner"
@@ -311,28 +322,32 @@ class Emulator:
         if Path(self.compiler).name == "g++":
             # Half of what a small source takes; g++ takes it where it would take simt.h.
             header = ("-x", "c++-header", str(self.code / "simt.h"))
-            self._run((*_CHECKED, *self._volatile, *header, "-o", str(folder / "simt.h.gch")))
+            words = (*_CHECKED, *_ROUNDED[False], *self._volatile, *header)
+            self._run((*words, "-o", str(folder / "simt.h.gch")))
 
-    def compile(self, source: str) -> Program:
-        """The program of one source."""
-        return self.compile_all([source])[0]
+    def compile(self, source: str, *, fused: bool = False) -> Program:
+        """The program of one source. fused: a*b + c is rounded once, where the host can."""
+        return self.compile_all([source], fused=fused)[0]
 
-    def compile_all(self, sources: Sequence[str]) -> list[Program]:
+    def compile_all(self, sources: Sequence[str], *, fused: bool = False) -> list[Program]:
         """The programs of several sources, compiled side by side."""
-        missing = [each for each in dict.fromkeys(sources) if each not in self._programs]
+        wanted = [(each, fused) for each in sources]
+        missing = [each for each in dict.fromkeys(wanted) if each not in self._programs]
         with ThreadPoolExecutor(2) as pool:
-            self._programs.update(zip(missing, pool.map(self._program, missing), strict=True))
-        return [self._programs[source] for source in sources]
+            made = pool.map(lambda each: self._program(*each), missing)
+            self._programs.update(zip(missing, made, strict=True))
+        return [self._programs[each] for each in wanted]
 
-    def _program(self, source: str) -> Program:
+    def _program(self, source: str, fused: bool) -> Program:
         def make(folder: Path) -> None:
             file = folder / "program.cpp"
             file.write_text(translate(source), encoding="utf-8")
             words = (f"-I{self.engine}", f"-I{self.code}", str(file), str(self.driver))
             made = ("-o", str(folder / "program.so"))
-            self._run((*_CHECKED, *self._volatile, *_LINKED, *words, *made))
+            rounded = _ROUNDED[fused]
+            self._run((*_CHECKED, *rounded, *self._volatile, *_LINKED, *words, *made))
 
-        name = f"program-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        name = f"program-{hashlib.sha256(source.encode()).hexdigest()[:16]}{'-fused' * fused}"
         path = self._make_once(name, make) / "program.so"
         return Program(source, path, self.runner, self.folder)
 

@@ -81,6 +81,26 @@ def test_arrays_of_shared_memory_of_two_ranks_and_of_dynamic_size(emulator: Any)
     np.testing.assert_array_equal(run.clean["y"], x.T)
 
 
+def test_products_and_sums_are_rounded_once_where_asked(emulator: Any) -> None:
+    source = """
+    extern "C" __global__ void rest(const float* x, float* y) {
+      float v = x[threadIdx.x];
+      float square = v * v;
+      y[threadIdx.x] = square - x[threadIdx.x + 32];
+    }
+    """
+    x = np.float32(1 + np.arange(32) * 2.0**-13)
+    given = np.concatenate([x, x * x])
+    for fused in (False, True):
+        run = emulator.compile(source, fused=fused).run(
+            [("rest", (1, 1, 1), (32, 1, 1), ["x", "y"])],
+            inputs={"x": given},
+            outputs={"y": ((32,), "float32")},
+        )
+        once = x.astype(np.float64) ** 2 - x * x
+        np.testing.assert_array_equal(run.clean["y"], once if fused and emulator.fuses else 0 * x)
+
+
 SHUFFLES = """
 extern "C" __global__ void shuffles(const int* x, int* y, int argument) {
   int lane = threadIdx.x, v = x[lane];

@@ -44,6 +44,7 @@ struct Region {
   std::vector<uint8_t> written;
   Block* owner = nullptr;
   bool gone = false;  // given back
+  unsigned waiting = 0;  // stores that are not to be seen yet
 };
 
 enum class Wait { none, exited, block, cluster, grid, warp, active_mask, word };
@@ -136,6 +137,15 @@ void volatile_access(uintptr_t address, size_t size, bool write, const void* pc)
 bool ordered(const Access& before, const Thread& now);
 void check_outputs();
 constexpr size_t STACK = 256 * 1024;
+
+// stores.cpp
+void store_begins(uintptr_t address, size_t size);  // a volatile one of the thread that runs
+void store_ends();                                  // if one has begun: it is to be seen sometime
+void show_to_block(uintptr_t address, size_t size);
+void fence();
+void show_by_chance();
+bool show_one();  // false: no store waits
+void forget_stores();
 
 // programs.cpp
 const Kernel* load_program(const char* path);

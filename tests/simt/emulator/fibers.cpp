@@ -60,6 +60,7 @@ void resume(Thread& thread) {
 void reset(Thread& thread) { thread.started = false; }
 
 void suspend() {
+  store_ends();
   if (_setjmp(current->context) == 0) _longjmp(scheduler, 1);
 }
 

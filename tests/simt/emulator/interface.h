@@ -70,6 +70,8 @@ int block_barrier(int vote, int line);
 void cluster_arrive(int line);
 void cluster_wait(int line);
 void grid_barrier(int line);
+// All that the block has stored so far is seen by all others before what the thread does next.
+void fence();
 void* map_shared(const void* address, unsigned rank, int line);
 unsigned shared_rank(const void* address);
 unsigned cluster_rank();

@@ -7,9 +7,9 @@ inline void __syncthreads(SIMT_LINE) { simt::block_barrier(0, line); }
 inline int __syncthreads_count(int vote, SIMT_LINE) { return simt::block_barrier(vote, line); }
 inline int __syncthreads_or(int vote, SIMT_LINE) { return simt::block_barrier(vote, line) != 0; }
 inline int __syncthreads_and(int vote, SIMT_LINE) { return !simt::block_barrier(!vote, line); }
-inline void __threadfence() {}
+inline void __threadfence() { simt::fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { simt::fence(); }
 
 namespace simt {
 

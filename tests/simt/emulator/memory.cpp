@@ -182,6 +182,7 @@ void access(uintptr_t address, size_t size, bool write, const void* pc) {
     abandon();
     return;
   }
+  if (region.waiting) show_to_block(address, size);
   if (write && region.role == Role::input)
     report("input-written", region.name, element(region, offset) + " is an input", 0, pc);
   if (region.owner && region.owner->barrier.exited == region.owner->barrier.members)
@@ -201,11 +202,16 @@ void access(uintptr_t address, size_t size, bool write, const void* pc) {
 
 // Such a value is seen by a thread that reads it again and again until it is there.
 void volatile_access(uintptr_t address, size_t size, bool write, const void* pc) {
-  if (current && !write) poll(address);
+  if (current && write) {
+    store_begins(address, size);
+  } else if (current) {
+    store_ends();
+    show_to_block(address, size);
+    poll(address);
+  }
   at_volatile = true;
   access(address, size, write, pc);
   at_volatile = false;
-  if (current && write) word_written();
 }
 
 void check_outputs() {

@@ -157,8 +157,11 @@ void run_group(const std::vector<unsigned>& indices) {
   Group group;
   size_t mark = arena_mark();
   set_up(group, indices);
-  while (!(ready.empty() && delayed.empty()) && !abandoned) {
+  while (!abandoned) {
+    show_by_chance();
     if (ready.empty()) ready.swap(delayed);
+    if (ready.empty() && !show_one()) break;
+    if (ready.empty()) continue;
     unsigned at = pick(static_cast<unsigned>(ready.size()));
     Thread* thread = ready[at];
     ready[at] = ready.back();
@@ -171,6 +174,7 @@ void run_group(const std::vector<unsigned>& indices) {
     ready.clear();
     polling.clear();
     delayed.clear();
+    forget_stores();
     for (auto& thread : pool) reset(*thread);
     arena_release(mark);
     return;
@@ -303,6 +307,7 @@ int block_barrier(int vote, int line) {
 }
 
 void cluster_arrive(int line) {
+  fence();
   if (current->cluster_arrived != current->cluster_passed)
     report("divergent-barrier", "cluster", "two arrivals at a cluster barrier without a wait", line);
   ++current->cluster_arrived;

@@ -37,19 +37,24 @@ TARGET = "sm_90"
 
 
 class EmulatedCompiler:
-    """Makes programs of the emulator; `text` is the last source it was given."""
+    """Makes programs of the emulator; `text` is the last source it was given.
+
+    fused: products and sums are rounded once, as a GPU does.
+    """
 
     name, version = "emulator", (13, 0)
 
-    def __init__(self, emulator: Any) -> None:
+    def __init__(self, emulator: Any, fused: bool) -> None:
         self.emulator = emulator
+        self.fused = fused
         self.text = ""
         self._one = threading.Lock()
 
     def compile(self, text: str, arch: str) -> Image:
         with self._one:
             self.text = text
-            return Image(arch, bytes(self.emulator.compile(text).path) + b"\0", "")
+            path = self.emulator.compile(text, fused=self.fused).path
+            return Image(arch, bytes(path) + b"\0", "")
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class Artifact:
 
             def place(name: str, role: int, array: Array) -> None:
                 made, at[name] = self.device.tensor(
-                    name, role, np.ascontiguousarray(array), (misaligned or {}).get(name, 0)
+                    name, role, np.asarray(array, order="C"), (misaligned or {}).get(name, 0)
                 )
                 tensors.append(made)
                 arrays[name] = array
@@ -182,7 +187,7 @@ def build_emulated(
     make_once: Callable[..., Path],
     name_of_build: Callable[..., str],
 ) -> Callable[..., Artifact]:
-    """build_emulated(spec, shape, dtype="float32", kinds=None): an artifact, built once."""
+    """build_emulated(spec, shape, dtype="float32", kinds=None, fused=False): built once."""
     made: dict[str, Artifact] = {}
     device = Device(emulator, launch)
 
@@ -191,20 +196,22 @@ def build_emulated(
         shape: Sequence[int | str],
         dtype: str = "float32",
         kinds: Sequence[str] | None = None,
+        fused: bool = False,
     ) -> Artifact:
         def make(folder: Path) -> None:
             graphs = folder / "graphs"
             ng.graphs.export(spec, shape=tuple(shape), dtype=dtype, out=graphs, kinds=kinds)
-            compiler = EmulatedCompiler(emulator)
+            compiler = EmulatedCompiler(emulator, fused)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cuda_compilers, "find", lambda: compiler)
                 ng.compile.build(graphs, target=TARGET, out=folder / "artifact", self_test=False)
             (folder / "kernels.cu").write_text(compiler.text, encoding="utf-8")
 
-        name = f"emulated-{name_of_build(spec, shape, dtype, kinds)}"
+        name = f"emulated{'-fused' * fused}-{name_of_build(spec, shape, dtype, kinds)}"
         if name not in made:
             folder = make_once(name, make)
-            program = emulator.compile((folder / "kernels.cu").read_text(encoding="utf-8"))
+            text = (folder / "kernels.cu").read_text(encoding="utf-8")
+            program = emulator.compile(text, fused=fused)
             made[name] = Artifact(folder / "artifact", spec, program, device)
         return made[name]
 

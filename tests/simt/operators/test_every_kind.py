@@ -44,6 +44,9 @@ IMAGES = (
     (1, 6, 91, 91), (1, 6, 1, 16004), (1, 6, 1, 32776),
 )  # fmt: skip
 
+# Parts of a warp; longer than a block's registers on any device.
+LONGER = ((3, 2, 5, 7), (3, 2, 106, 106))
+
 
 def check_all(
     check_kind: Any,
@@ -145,3 +148,33 @@ def test_rows(
 ) -> None:
     artifact = build_emulated(OPERATORS[op], ("N", length), dtype)
     check_all(check_kind, device, artifact, kind, LENGTHS[length], misaligned=(0,))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "sizes"),
+    [
+        (NormSpec("batch_norm", momentum=None), ("N", 2, "H", "W"), LONGER),
+        (
+            NormSpec("instance_norm", momentum=None, track_running_stats=True),
+            ("N", 2, "H", "W"),
+            LONGER,
+        ),
+        (NormSpec("batch_norm", momentum=None), ("N", 5), ((3, 5), (1000, 5))),
+    ],
+    ids=["batch_norm", "instance_norm", "channels last"],
+)
+def test_a_momentum_of_the_call(
+    spec: NormSpec,
+    shape: tuple[int | str, ...],
+    sizes: Sequence[tuple[int, ...]],
+    build_emulated: Any,
+    check_kind: Any,
+    device: Any,
+) -> None:
+    """An array of no axes, which kernels read."""
+    artifact = build_emulated(spec, shape, kinds=("forward",))
+    assert [p["shape"] for p in artifact.ports["forward"]["inputs"]][-1] == []
+    for multiprocessors in (0, 3):
+        device(multiprocessors)
+        for size in sizes:
+            check_kind(artifact, "forward", size)

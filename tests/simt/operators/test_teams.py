@@ -59,6 +59,7 @@ CASES: dict[str, tuple[NormSpec, Sizes]] = {
     ),
 }
 KINDS = ("forward", "backward", "backward_from_output")
+SEEDS = range(8)
 WRITE, ADD = 1, 2
 KILO = 1024
 Device = Callable[..., None]
@@ -110,6 +111,36 @@ def test_slices_that_are_split(dtype: str, device: Device, built: Any, check_kin
 def test_data_far_from_zero(device: Device, built: Any, check_kind: Any) -> None:
     device(3)
     run = check_kind(built("instance_norm", "float32"), "forward", (1, 2, 190, 176), mean=1e6)
+    assert len(teams_of(run)) == 1
+
+
+@pytest.mark.parametrize("multiprocessors", [3, 0], ids=["teams", "split"])
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_half_types_are_centred_exactly(
+    op: str, multiprocessors: int, device: Device, built: Any, inputs_of: Any
+) -> None:
+    """x - shift has no rounding error, where a mean of 2^-24 is to be told of elements near 1."""
+    device(multiprocessors)
+    dtype, axes = {"batch_norm": ("float16", (0, 2, 3)), "instance_norm": ("bfloat16", (2, 3))}[op]
+    (size,) = CASES[op][1][dtype][1]
+    artifact = built(op, dtype)
+    given = inputs_of(artifact, "forward", size)
+    pattern = [2.0**-15, 0.0, *[1.0625, -1.0625] * 255]
+    x = np.resize(pattern, size).astype(given["x"].dtype)
+    came = artifact.call("forward", {**given, "x": x})
+    assert not came.findings
+    assert bool(teams_of(came)) == bool(multiprocessors)
+    mean = x.astype(np.float64).mean(axes)
+    np.testing.assert_allclose(came.arrays["mean"].ravel(), mean.ravel(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_means_of_half_types_near_zero(
+    seed: int, device: Device, built: Any, check_kind: Any
+) -> None:
+    """Those of chunks are then far smaller than the elements."""
+    device(3)
+    run = check_kind(built("batch_norm", "float16"), "forward", (12, 2, 106, 104), seed=seed)
     assert len(teams_of(run)) == 1
 
 
@@ -215,6 +246,21 @@ def test_words_that_are_not_waited_for(rerun: Rerun) -> None:
     assert not np.allclose(mean, rerun.first.arrays["mean"], atol=1e-4)
     plain = text.replace("(const volatile unsigned long long*)", "(const unsigned long long*)")
     assert "race" in rerun.run(plain).kinds
+
+
+def test_a_word_that_is_written_in_two(rerun: Rerun) -> None:
+    """The turn may be seen before the value, unless a fence stands between them."""
+    (text,) = rerun.changed(
+        r"\*\(volatile unsigned long long\*\)\(words \+ at\) =\s[^;]*;",
+        "volatile unsigned* half = (volatile unsigned*)(words + at);"
+        " half[0] = __float_as_uint(value); FENCE half[1] = (unsigned)turn;",
+    )
+    loose, fenced = (text.replace("FENCE", each) for each in ("", "__threadfence();"))
+    means = [rerun.run(loose, seed).arrays["mean"] for seed in range(4)]
+    right = rerun.first.arrays["mean"]
+    assert not all(np.array_equal(mean, right) for mean in means)
+    for seed in range(2):
+        np.testing.assert_array_equal(rerun.run(fenced, seed).clean["mean"], right)
 
 
 def test_words_that_are_not_cleared(rerun: Rerun) -> None:

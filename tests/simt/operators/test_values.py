@@ -87,18 +87,20 @@ def test_slices_of_one_value(name: str, dtype: str, build_emulated: Any, check_k
         check_kind(artifact, "forward", size, spoiled={"x": lambda x: np.full_like(x, 3.0)})
 
 
+@pytest.mark.parametrize("first", [(1, 0, 0), (1.0625, -1.0625, 2.0**-16)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_columns_of_half_types_are_centred_exactly(
-    dtype: str, build_emulated: Any, inputs_of: Any
+    dtype: str, first: tuple[float, ...], build_emulated: Any, inputs_of: Any
 ) -> None:
     """x - shift has no rounding error, which would be the same in all blocks and move the mean.
 
-    Each of 1056 blocks has 48 rows, of which it takes 3, with a mean of 1/3, for the shift.
+    Each of 1056 blocks has 48 rows, of which it takes 3, with a mean of 1/3 or 2^-16 / 3, for
+    the shift.
     """
     spec, shape, _ = CASES["channels last"]
     artifact = build_emulated(spec, shape, dtype)
     given = inputs_of(artifact, "forward", (1056 * 48, 5))
-    column = np.tile(np.array([1, 0, 0, *([-1] * 23), *([1] * 22)]), 1056)
+    column = np.tile(np.array([*first, *([-1.0625] * 22), 0, *([1.0625] * 22)]), 1056)
     x = np.repeat(column[:, None], 5, axis=1).astype(given["x"].dtype)
     came = artifact.call("forward", {**given, "x": x})
     assert not came.findings
