@@ -35,7 +35,7 @@ from normgraph.compile import (
 from normgraph.compile.cuda_codegen import CudaSource
 from normgraph.compile.cuda_compilers import Image
 from normgraph.compile.targets import Target
-from normgraph.runtime import cuda_arrays
+from normgraph.runtime import cuda_arrays, loading
 
 HERE = Path(__file__).parent
 HOST_KERNELS = "libkernels.so"
@@ -238,10 +238,20 @@ def build_plain(
 
 
 @pytest.fixture
+def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
+    """Builds of the test use it, and the plain rule."""
+    made = FakeCompiler()
+    monkeypatch.setattr(cuda_compilers, "find", lambda *_: made)
+    monkeypatch.setitem(pipeline.RULES, "cuda", (cuda_plain_rule,))
+    return made
+
+
+@pytest.fixture
 def instance_norm(build_plain: Callable[..., Built], driver: Driver, tmp_path: Path) -> Path:
     """An artifact of its own for a test, whose kernels the fake driver runs."""
     spec = ng.NormSpec("instance_norm", track_running_stats=True)
     built = build_plain(spec, ("N", 6, 4, 5))
+    loading.kept.clear()
     gc.collect()  # a library that is still loaded is not loaded again
     driver.kernels(built.host_kernels)
     copied = tmp_path / "artifact"
