@@ -195,6 +195,21 @@ static int allow_shared(device* here, int index, int bytes) {
   return code ? normgraph_failed(code, "asking for shared memory") : 0;
 }
 
+/* Where the blocks have no room together nothing is launched, and host code asks for that. */
+static status launch_together(device* here, int index, const unsigned* asked, void** pointers) {
+  int64_t blocks = (int64_t)asked[X] * asked[X + 1] * asked[X + 2];
+  unsigned threads = asked[BLOCK] * asked[BLOCK + 1] * asked[BLOCK + 2];
+  status code = TOO_LARGE;
+  if (normgraph_have_room(here, index, threads, asked[SHARED], blocks)) {
+    code = normgraph_cu.launch_together(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
+                                        asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2],
+                                        asked[SHARED], current_stream(), pointers);
+  }
+  if (code != TOO_LARGE) return code;
+  normgraph_refuse(here);
+  return 0;
+}
+
 static int launch(int index, const TVMFFIAny* given) {
   const normgraph_kernel* kernel = &normgraph_kernels[index];
   argument values[MOST_ARGUMENTS];
@@ -238,9 +253,7 @@ static int launch(int index, const TVMFFIAny* given) {
   }
   for (int i = X; i < LAUNCH; ++i) asked[i] = (unsigned)sizes[i];
   if (is_together(index)) {
-    code = normgraph_cu.launch_together(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
-                                        asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2],
-                                        asked[SHARED], current_stream(), pointers);
+    code = launch_together(here, index, asked, pointers);
   } else {
     code = normgraph_cu.launch(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
                                asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2], asked[SHARED],
