@@ -93,10 +93,11 @@ static void done(work* each) {
   free(each);
 }
 
-static void finish(void* stream, int every) {
+/* The work of a stream, or of all others. */
+static void finish(void* stream, int others) {
   for (work** at = &waiting; *at;) {
     work* each = *at;
-    if (every || each->stream == stream) {
+    if ((each->stream == stream) != others) {
       *at = each->next;
       done(each);
     } else {
@@ -105,10 +106,13 @@ static void finish(void* stream, int every) {
   }
 }
 
+/* The default stream's last: kernels of others that rely on it come too early. */
+static void finish_all(void) { finish(NULL, 1), finish(NULL, 0); }
+
 /* For the tests. */
 
 void fake_reset(void) {
-  finish(NULL, 1);
+  finish_all();
   fake.version = 13000;
   fake.devices = 1;
   for (int i = 0; i < MOST_DEVICES; ++i) fake.capability[i] = 90;
@@ -129,14 +133,8 @@ void fake_fail(const char* name, int status, int spared) {
   fake.failure = status;
   fake.spared = spared;
 }
-void fake_late(int late) {
-  finish(NULL, 1);
-  fake.late = late;
-}
-void fake_room(int occupancy, int usable) {
-  fake.occupancy = occupancy;
-  fake.usable = usable;
-}
+void fake_late(int late) { finish_all(), fake.late = late; }
+void fake_room(int occupancy, int usable) { fake.occupancy = occupancy, fake.usable = usable; }
 int fake_kernels(const char* path) {
   fake.kernels = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   return fake.kernels != NULL;
@@ -297,7 +295,7 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
 int cuMemFree_v2(uint64_t address) {
   CHECK("cuMemFree_v2");
   NOT_CAPTURED("cuMemFree_v2");
-  finish(NULL, 1);
+  finish_all();
   note("free %d mode %d", device_of(here()), capture_mode);
   __atomic_sub_fetch(&fake.live, 1, __ATOMIC_RELAXED);
   free((void*)(uintptr_t)address);
