@@ -80,7 +80,8 @@ def build(
     Raises ArtifactNotFound where src has no graphs; TargetError for an unknown target;
     ArgumentError for a wrong value in one of the cache's variables; ToolMissing without a C
     compiler, or for CUDA without a CUDA compiler; CompileError where a graph does not compile, was
-    not exported by normgraph, gives wrong results, or where out cannot be written.
+    not exported by normgraph, gives wrong results, or where out cannot be written; DeviceError
+    where a CUDA device refuses the self-test.
     """
     say = progress or (lambda message: None)
     kept = compile_cache.from_environment() if cache else None
@@ -154,10 +155,15 @@ def _library(
             say(f"no linker for {goal.name} here: the artifact gets an object file, to be linked")
         status = "not run"
         if cases and goal.runs_here and binary is library:
-            say(f"self-test of {goal.name}")
-            outputs = {graph.kind: graph.outputs for graph in graphs}
-            self_test.run(library, cases, outputs, goal.device)
-            status = "passed"
+            compiler = generated.compiler
+            obstacle = None if compiler is None else goal.obstacle(compiler.version)
+            if obstacle is None:
+                say(f"self-test of {goal.name}")
+                outputs = {graph.kind: graph.outputs for graph in graphs}
+                self_test.run(library, cases, outputs, goal.device)
+                status = "passed"
+            else:
+                say(f"self-test of {goal.name} not run: {obstacle}")
         rules = {kind: each.rule for kind, each in scheduled.items()}
         content = binary.read_bytes()
         return Library(goal, binary.suffix, content, rules, status, generated)

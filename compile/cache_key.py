@@ -93,12 +93,14 @@ def build_key(graphs: Sequence[Graph], goals: Sequence[Target], self_test: bool)
 def _target(goal: Target) -> list[Any]:
     """A target, and the tools that make a library for it. A device's compiler belongs here too."""
     tool = link.compiler(goal)
+    compiler = cuda_compilers.find(goal.archs) if goal.kind == "cuda" else None
     return [
         dataclasses.asdict(goal),
         str(goal.to_tvm()),
-        goal.runs_here,
+        # Whether its self-test is run.
+        goal.runs_here and (compiler is None or goal.obstacle(compiler.version) is None),
         None if tool is None else _toolchain(tool, *_file(tool)),
-        cuda_compilers.find().identity() if goal.kind == "cuda" else None,
+        None if compiler is None else compiler.identity(),
     ]
 
 

@@ -1,4 +1,4 @@
-"""CUDA source to machine code and PTX: by nvcc where it is found, else by NVRTC from its wheel.
+"""CUDA source to machine code and PTX: by an nvcc that knows the target, else by NVRTC's wheel.
 
 Floating point is IEEE throughout: no fast math, denormals kept, division and square root rounded
 correctly. The one liberty is that a*b + c may be one fused operation, which rounds once where the
@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,9 @@ from normgraph.errors import CompileError, ToolMissing
 VARIABLE = "NORMGRAPH_CUDA_COMPILER"
 # The distributions behind NVRTC, those of the extra cuda.
 WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+
+# The first CUDA whose compilers know an architecture.
+_SINCE = {"sm_80": (11, 0), "sm_90": (11, 8), "sm_100": (12, 8)}
 
 _FLOATS = ("-fmad=true", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 _STANDARD = "-std=c++17"
@@ -152,30 +155,44 @@ class Nvrtc:
             raise CompileError(f"{name} failed with status {status}")
 
 
-def find() -> Compiler:
-    """nvcc where it is on the PATH or under $CUDA_HOME, else NVRTC.
+def find(archs: Sequence[str] = ()) -> Compiler:
+    """nvcc where it is on the PATH or under $CUDA_HOME, else NVRTC: one that knows these archs.
 
     Raises ToolMissing where there is neither, or not the one that NORMGRAPH_CUDA_COMPILER names.
     """
+    needed = max((_SINCE[arch] for arch in archs), default=(0, 0))
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "nvcc", "nvrtc"):
         raise ToolMissing(f"{VARIABLE}: expected nvcc or nvrtc, but it is {wanted!r}.")
-    path = nvcc_path()
-    if path is not None and wanted != "nvrtc":
-        return nvcc(path)
-    if wanted != "nvcc":
-        found = nvrtc()
-        if found is not None:
+    lacking = []
+    for name, look in (("nvcc", _nvcc_here), ("nvrtc", nvrtc)):
+        if wanted not in ("", name):
+            continue
+        found = look()
+        if found is not None and found.version >= needed:
             return found
-    where = {
-        "nvcc": "nvcc is not on the PATH, nor in bin under $CUDA_HOME",
-        "nvrtc": f"NVRTC is not installed ({', '.join(missing_wheels())})",
-    }
-    lacking = where[wanted] if wanted else ", and ".join(where.values())
+        lacking.append(_lack(name, found))
+    what, of = "CUDA", ""
+    if archs:
+        what, of = ", ".join(archs), f" of CUDA {needed[0]}.{needed[1]} or later"
     raise ToolMissing(
-        f"compiling for CUDA needs a compiler, and {lacking}. pip install 'normgraph[cuda]', or "
-        "install the CUDA toolkit."
+        f"compiling for {what} needs a compiler{of}, and {', and '.join(lacking)}. "
+        "pip install 'normgraph[cuda]', or install the CUDA toolkit."
     )
+
+
+def _nvcc_here() -> Compiler | None:
+    path = nvcc_path()
+    return None if path is None else nvcc(path)
+
+
+def _lack(name: str, found: Compiler | None) -> str:
+    """Why a compiler is not taken."""
+    if found is not None:
+        return f"the {name} that is here is of CUDA {found.version[0]}.{found.version[1]}"
+    if name == "nvcc":
+        return "nvcc is not on the PATH, nor in bin under $CUDA_HOME"
+    return f"NVRTC is not installed ({', '.join(missing_wheels())})"
 
 
 def nvcc_path() -> str | None:

@@ -32,6 +32,7 @@ static const struct {
     {"cuModuleLoadDataEx", &normgraph_cu.module_load},
     {"cuModuleGetFunction", &normgraph_cu.module_function},
     {"cuFuncSetAttribute", &normgraph_cu.function_attribute},
+    {"cuOccupancyMaxActiveBlocksPerMultiprocessor", &normgraph_cu.occupancy},
     {"cuLaunchKernel", &normgraph_cu.launch},
     {"cuLaunchCooperativeKernel", &normgraph_cu.launch_together},
     {"cuGetErrorName", &normgraph_cu.error_name},

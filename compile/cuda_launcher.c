@@ -16,15 +16,32 @@
 
 #define HIDDEN __attribute__((visibility("hidden")))
 
-/* Of the call this thread is in, the workspaces to give back should it fail. */
+/* Of the call this thread is in, the workspaces to give back should it fail, and their stream. */
 enum { MOST_WORKSPACES = 128 };
 static _Thread_local struct {
   void* memory;
   TVMFFIObjectHandle tensor; /* of the caller's allocator; NULL: of the pool */
+  stream on;
 } workspaces[MOST_WORKSPACES];
 static _Thread_local int workspace_count = 0;
 
 static stream current_stream(void) { return TVMFFIEnvGetStream(DEVICE_TYPE_CUDA, normgraph_device); }
+
+/* Generated code returns at the first error and gives nothing back by itself. The error that is set
+ * is the one that is told: those of giving back are not. */
+static int abandon(void) {
+  while (workspace_count) {
+    context popped;
+    int last = --workspace_count;
+    if (workspaces[last].tensor) {
+      TVMFFIObjectDecRef(workspaces[last].tensor);
+    } else if (normgraph_cu.context_push(normgraph_opened()->primary) == 0) {
+      normgraph_cu.pool_free((address)(uintptr_t)workspaces[last].memory, workspaces[last].on);
+      normgraph_cu.context_pop(&popped);
+    }
+  }
+  return -1;
+}
 
 /* Workspaces. */
 
@@ -91,6 +108,7 @@ static void* alloc_workspace(int device_type, int device_id, uint64_t bytes, int
   (void)type_bits;
   if (workspace_count == MOST_WORKSPACES) {
     normgraph_fail("a call has too many workspaces");
+    abandon();
     return NULL;
   }
   if (!bytes) bytes = 1;
@@ -99,11 +117,14 @@ static void* alloc_workspace(int device_type, int device_id, uint64_t bytes, int
   } else {
     memory = pools_workspace(bytes);
   }
-  if (memory) {
-    workspaces[workspace_count].memory = memory;
-    workspaces[workspace_count].tensor = tensor;
-    ++workspace_count;
+  if (!memory) {
+    abandon();
+    return NULL;
   }
+  workspaces[workspace_count].memory = memory;
+  workspaces[workspace_count].tensor = tensor;
+  workspaces[workspace_count].on = current_stream();
+  ++workspace_count;
   return memory;
 }
 
@@ -111,12 +132,13 @@ static int release(int index) {
   device* here = normgraph_opened();
   void* memory = workspaces[index].memory;
   TVMFFIObjectHandle tensor = workspaces[index].tensor;
+  stream on = workspaces[index].on;
   int pushed = 0;
   status code;
   workspaces[index] = workspaces[--workspace_count];
   if (tensor) return TVMFFIObjectDecRef(tensor);
   if (normgraph_enter(here, &pushed)) return -1;
-  code = normgraph_cu.pool_free((address)(uintptr_t)memory, current_stream());
+  code = normgraph_cu.pool_free((address)(uintptr_t)memory, on);
   normgraph_leave(pushed);
   return code ? normgraph_failed(code, "giving a workspace back") : 0;
 }
@@ -125,26 +147,10 @@ static int free_workspace(int device_type, int device_id, void* memory) {
   (void)device_type;
   (void)device_id;
   for (int i = 0; i < workspace_count; ++i) {
-    if (workspaces[i].memory == memory) return release(i);
+    if (workspaces[i].memory == memory) return release(i) ? abandon() : 0;
   }
-  return normgraph_fail("a workspace was given back that is none");
-}
-
-/* Generated code returns at the first error and gives nothing back by itself. */
-static int abandon(void) {
-  while (workspace_count) {
-    status code = 0;
-    int pushed = 0, last = --workspace_count;
-    if (workspaces[last].tensor) {
-      TVMFFIObjectDecRef(workspaces[last].tensor);
-    } else if (normgraph_cu.context_push(normgraph_opened()->primary) == 0) {
-      pushed = 1;
-      code = normgraph_cu.pool_free((address)(uintptr_t)workspaces[last].memory, current_stream());
-    }
-    normgraph_leave(pushed);
-    (void)code; /* the first error is the one that is told */
-  }
-  return -1;
+  normgraph_fail("a workspace was given back that is none");
+  return abandon();
 }
 
 /* Kernels. */
@@ -187,6 +193,21 @@ static int allow_shared(device* here, int index, int bytes) {
   }
   pthread_mutex_unlock(&normgraph_lock);
   return code ? normgraph_failed(code, "asking for shared memory") : 0;
+}
+
+/* Where the blocks have no room together nothing is launched, and host code asks for that. */
+static status launch_together(device* here, int index, const unsigned* asked, void** pointers) {
+  int64_t blocks = (int64_t)asked[X] * asked[X + 1] * asked[X + 2];
+  unsigned threads = asked[BLOCK] * asked[BLOCK + 1] * asked[BLOCK + 2];
+  status code = TOO_LARGE;
+  if (normgraph_have_room(here, index, threads, asked[SHARED], blocks)) {
+    code = normgraph_cu.launch_together(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
+                                        asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2],
+                                        asked[SHARED], current_stream(), pointers);
+  }
+  if (code != TOO_LARGE) return code;
+  normgraph_refuse(here);
+  return 0;
 }
 
 static int launch(int index, const TVMFFIAny* given) {
@@ -232,9 +253,7 @@ static int launch(int index, const TVMFFIAny* given) {
   }
   for (int i = X; i < LAUNCH; ++i) asked[i] = (unsigned)sizes[i];
   if (is_together(index)) {
-    code = normgraph_cu.launch_together(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
-                                        asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2],
-                                        asked[SHARED], current_stream(), pointers);
+    code = launch_together(here, index, asked, pointers);
   } else {
     code = normgraph_cu.launch(here->functions[index], asked[X], asked[X + 1], asked[X + 2],
                                asked[BLOCK], asked[BLOCK + 1], asked[BLOCK + 2], asked[SHARED],
@@ -279,8 +298,8 @@ static int call(TVMFFIObjectHandle found, TVMFFIAny* args, int32_t count, TVMFFI
   (void)count;
   (void)result;
   if (found == (void*)set_device) {
+    abandon(); /* what host code left that ended by itself, maybe on another device */
     normgraph_device = (int)args[1].v_int64;
-    workspace_count = 0;
     return normgraph_loaded() ? 0 : -1;
   }
   if (launch((int)((const normgraph_kernel*)found - normgraph_kernels), args)) return abandon();

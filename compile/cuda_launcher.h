@@ -22,7 +22,7 @@ typedef struct {
 typedef int status;
 typedef void *context, *module, *function, *stream, *pool;
 typedef uint64_t address;
-enum { NOT_INITIALIZED = 3, DEVICE_TYPE_CUDA = 2, CAPTURE_RELAXED = 2 };
+enum { NOT_INITIALIZED = 3, TOO_LARGE = 720, DEVICE_TYPE_CUDA = 2, CAPTURE_RELAXED = 2 };
 enum { ATTR_MAJOR = 75, ATTR_MINOR = 76, ATTR_POOLS = 115 };
 enum { MAX_DYNAMIC_SHARED = 8, SHARED_CARVEOUT = 9, POOL_KEEPS = 4, JIT_LOG = 5, JIT_LOG_BYTES = 6 };
 
@@ -46,6 +46,7 @@ typedef struct {
   status (*module_load)(module*, const void*, unsigned, int*, void**);
   status (*module_function)(function*, module, const char*);
   status (*function_attribute)(function, int, int);
+  status (*occupancy)(int*, function, int, size_t);
   status (*launch)(function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                    stream, void**, void**);
   status (*launch_together)(function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
@@ -65,6 +66,7 @@ typedef struct {
   function* functions; /* in the order of normgraph_kernels */
   int* dynamic_shared; /* bytes a function may use so far */
   pool workspaces;     /* made with the first of them */
+  int apart;           /* it has refused to launch blocks together */
 } device;
 
 #pragma GCC visibility push(hidden)
@@ -91,6 +93,14 @@ device* normgraph_opened(void);
 /* Makes the device's context current where it is not; `pushed` says whether to undo that. */
 int normgraph_enter(device* here, int* pushed);
 void normgraph_leave(int pushed);
+
+/* cuda_team.c */
+
+/* Whether so many blocks of a kernel that wait for one another can be resident together. */
+int normgraph_have_room(const device* here, int index, unsigned threads, unsigned shared,
+                        int64_t blocks);
+/* They cannot: host code that asks gets to know it, and is told of no teams from now on. */
+void normgraph_refuse(device* here);
 #pragma GCC visibility pop
 
 #endif

@@ -296,9 +296,14 @@ class _Emitter:
         before: list[Stmt] = []
         blocks = work.team(asked)
         work.prepare(blocks, before)
-        launches = [work.emit(), self._ends(work.partials)]
+        # The driver may know of less room than the host; then the launch has done nothing.
+        launched = tirx.EQ(tirx.call_extern("int64", "normgraph_teams_refused"), i64(0))
+        ends = self._ends(work.partials)
+        launches = [work.emit(), None if ends is None else when(launched, ends)]
         team = seq([*before, *self.frame.allocation(), *launches])
-        return seq([*asked, tirx.IfThenElse(tirx.GT(blocks, i64(0)), team, split)])
+        wanted = tirx.GT(blocks, i64(0))
+        done = tirx.And(wanted, launched)
+        return seq([*asked, when(wanted, team), when(tirx.Not(done), split)])
 
     def _split(self, where: Geometry, width: int) -> Stmt:
         self.frame.start_workspace()

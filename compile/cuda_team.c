@@ -1,5 +1,10 @@
 /* How many blocks of a kernel can be resident at a time, and into how many a slice is cut so that a
  * team of them holds it in shared memory. Host code asks before it launches.
+ *
+ * The answer is of the whole device as the driver describes it. A launch can be refused in spite of
+ * it: on a stream that has only some of the multiprocessors (a green context's), or beside a tool
+ * that takes shared memory for itself. Host code asks for that behind the launch, and then does
+ * without teams.
  */
 #include "cuda_launcher.h"
 
@@ -32,6 +37,9 @@ static int64_t ask(int attribute) {
   return value;
 }
 
+/* Of the call this thread is in: its blocks were not launched. */
+static _Thread_local int refused = 0;
+
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Resident blocks of a kernel compiled to have `most` of them on a multiprocessor. */
@@ -39,6 +47,22 @@ HIDDEN int64_t normgraph_resident_blocks(int64_t threads, int64_t most) {
   if (!normgraph_loaded() || !ask(COOPERATIVE)) return 0;
   return ask(MULTIPROCESSORS) * least(most, ask(THREADS_HERE) / threads);
 }
+
+int normgraph_have_room(const device* here, int index, unsigned threads, unsigned shared,
+                        int64_t blocks) {
+  int each = 0;
+  /* Where it cannot be told, the launch will. */
+  if (normgraph_cu.occupancy(&each, here->functions[index], (int)threads, shared)) return 1;
+  return blocks <= ask(MULTIPROCESSORS) * each;
+}
+
+void normgraph_refuse(device* here) {
+  refused = 1;
+  __atomic_store_n(&here->apart, 1, __ATOMIC_RELAXED);
+}
+
+/* Whether the teams that this thread asked for last were refused when they were launched. */
+HIDDEN int64_t normgraph_teams_refused(void) { return refused; }
 
 /* The blocks of a team that holds a slice; 0 where no team can, or where it would gain nothing.
  *
@@ -52,6 +76,9 @@ HIDDEN int64_t normgraph_resident_blocks(int64_t threads, int64_t most) {
 HIDDEN int64_t normgraph_team_blocks(int64_t slices, int64_t rows, int64_t vectors, int64_t read,
                                      int64_t bytes, int64_t threads, int64_t most, int64_t beside) {
   int64_t resident = normgraph_resident_blocks(threads, most), room, best = 0, least_time = 0;
+  refused = 0;
+  /* A second question of the same call must not get another answer than the first: only here. */
+  if (resident && __atomic_load_n(&normgraph_opened()->apart, __ATOMIC_RELAXED)) return 0;
   if (resident == 0 || slices == 0 || rows == 0 || vectors == 0) return 0;
   if (2 * slices * rows * vectors * read < ask(L2_BYTES)) return 0;
   room = least(ask(SHARED_HERE) / most - ask(SHARED_RESERVED), ask(SHARED_OF_A_BLOCK)) - beside;

@@ -146,7 +146,7 @@ def generate(
 def _generate_cuda(
     functions: Mapping[str, Any], target: Target, object_file: Path, dump: Dump
 ) -> Generated:
-    compiler = cuda_compilers.find()
+    compiler = cuda_compilers.find(target.archs)
     dump("all", "6-lower", "tir.py", lambda: cuda_codegen.lower(functions, target).script())
     parts = cuda_codegen.split(functions, target)
     text = cuda_codegen.source_of(parts, target)

@@ -13,7 +13,11 @@ import tvm_ffi
 
 from normgraph import cuda_memory, dlpack_types
 from normgraph.compile.vectors import Array, Case, Port, dtype_of
-from normgraph.errors import CompileError
+from normgraph.cuda import DriverError
+from normgraph.errors import CompileError, DeviceError, NormGraphError
+
+# Of every device; nothing else of this process's has to be waited for.
+_DEFAULT_STREAM = 0
 
 
 def run(
@@ -24,8 +28,30 @@ def run(
 ) -> None:
     """Run every case on the library. Raises CompileError for the first output that is wrong.
 
-    device: a CUDA device to run it on.
+    device: a CUDA device to run it on. Raises DeviceError where it or its driver refuses.
     """
+    if device is None:
+        _run(library, cases, outputs, None)
+        return
+    try:
+        with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", device), _DEFAULT_STREAM):
+            _run(library, cases, outputs, device)
+    except NormGraphError:
+        raise
+    except (DriverError, RuntimeError) as error:
+        raise DeviceError(
+            f"the self-test cannot be run on cuda:{device}: {error}. Nothing was written. Build"
+            " where the device works, or where none can be seen (CUDA_VISIBLE_DEVICES= in the"
+            " environment): the self-test is then run by the first load."
+        ) from None
+
+
+def _run(
+    library: Path,
+    cases: Sequence[Case],
+    outputs: Mapping[str, Sequence[Port]],
+    device: int | None,
+) -> None:
     put = _tensor if device is None else partial(_on_device, device)
     get = _values if device is None else _from_device
     module = tvm_ffi.load_module(str(library), keep_module_alive=False)
@@ -73,11 +99,14 @@ def _on_device(device: int, values: Array) -> Any:
     code = dlpack_types.FLOAT if values.dtype.kind == "f" else dlpack_types.BFLOAT
     memory = cuda_memory.Memory(values.shape, code, 8 * values.itemsize, device)
     compact = np.asarray(values, order="C")
-    cuda_memory.upload(memory.address, compact.ctypes.data, compact.nbytes, device)
+    cuda_memory.upload(memory.address, compact.ctypes.data, compact.nbytes, device, _DEFAULT_STREAM)
     return tvm_ffi.from_dlpack(memory)
 
 
 def _from_device(tensor: Any, dtype: np.dtype[Any]) -> Array:
     values: Array = np.empty(tuple(tensor.shape), dtype)
-    cuda_memory.download(values.ctypes.data, tensor.data_ptr(), values.nbytes, tensor.device.index)
+    device = tensor.device.index
+    cuda_memory.download(
+        values.ctypes.data, tensor.data_ptr(), values.nbytes, device, _DEFAULT_STREAM
+    )
     return values

@@ -68,19 +68,28 @@ class Target:
     @property
     def runs_here(self) -> bool:
         """Whether this machine can run code for the target."""
-        if self.archs and cuda.obstacle(self.images, (0, 0)) is not None:
+        if self.obstacle() is not None:
             return False
         if self.triple.split("-")[0] != machine():
             return False
         return all(has_feature(feature, cpu_flags()) for feature in self.features)
 
+    def obstacle(self, toolkit: tuple[int, int] = (0, 0)) -> str | None:
+        """Why no device here runs a CUDA target, compiled with that CUDA version, or None."""
+        return cuda.obstacle(self.images, toolkit) if self.archs else None
+
     @property
     def device(self) -> int | None:
-        """Of a CUDA target the first device here that runs it; None for a CPU's, or without one."""
-        for each in cuda.state().devices if self.archs else ():
-            if cuda.image_for(each.capability, self.images):
-                return each.index
-        return None
+        """Of a CUDA target the first device here that runs it; None for a CPU's, or without one.
+
+        One with machine code comes before one that needs the driver's compiler for the PTX.
+        """
+        usable = [
+            (not image.startswith("sm_"), each.index)
+            for each in (cuda.state().devices if self.archs else ())
+            if (image := cuda.image_for(each.capability, self.images))
+        ]
+        return min(usable)[1] if usable else None
 
     def to_tvm(self) -> Any:
         """The target as TVM takes it, of a CUDA target with its host."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -45,22 +47,43 @@ def tensor_of(array: AnyArray, dtype: str, device: int = 0) -> Any:
 
 
 def write(tensor: Any, array: AnyArray, dtype: str) -> None:
-    """Copy values into a tensor; bfloat16 comes as its bits."""
+    """Copy values into a tensor, in the order of the current stream; bfloat16 comes as its bits.
+
+    Raises DeviceError.
+    """
     values = np.ascontiguousarray(array, _STORED.get(dtype, np.dtype(dtype)))
+    device = tensor.device.index
     if values.nbytes:
-        cuda_memory.upload(
-            tensor.data_ptr(), values.ctypes.data, values.nbytes, tensor.device.index
-        )
+        with _copying(device) as stream:
+            cuda_memory.upload(tensor.data_ptr(), values.ctypes.data, values.nbytes, device, stream)
 
 
 def memory_view(tensor: Any, dtype: str) -> AnyArray:
-    """A copy of a tensor's values on the host; bfloat16 as its bits, uint16."""
+    """A copy of a tensor's values on the host; bfloat16 as its bits, uint16.
+
+    The values are those after what the current stream has to do before. Raises DeviceError.
+    """
     values: AnyArray = np.empty(tuple(tensor.shape), _STORED.get(dtype, np.dtype(dtype)))
+    device = tensor.device.index
     if values.nbytes:
-        cuda_memory.download(
-            values.ctypes.data, tensor.data_ptr(), values.nbytes, tensor.device.index
-        )
+        with _copying(device) as stream:
+            cuda_memory.download(
+                values.ctypes.data, tensor.data_ptr(), values.nbytes, device, stream
+            )
     return values
+
+
+@contextlib.contextmanager
+def _copying(device: int) -> Iterator[int]:
+    """The device's current stream, on which kernels run too."""
+    try:
+        yield int(tvm_ffi.get_raw_stream(tvm_ffi.device("cuda", device)))
+    except DriverError as error:
+        raise DeviceError(
+            f"values cannot be copied to or from cuda:{device}: {error}. While a CUDA graph is"
+            f" captured nothing can be: a copy waits for its stream. At other times it is work"
+            f" from before on the device that failed."
+        ) from None
 
 
 def _type(dtype: str) -> tuple[int, int]:

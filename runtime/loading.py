@@ -37,7 +37,7 @@ _counter = itertools.count(1)
 
 
 class LoadedLibrary:
-    """A library in the process. It is unloaded when it and its functions are gone."""
+    """A library in the process. One for CPUs is unloaded when it and its functions are gone."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -54,6 +54,10 @@ class LoadedLibrary:
 # By sha256, so that operators of the same artifact run the same code.
 _loaded: WeakValueDictionary[str, LoadedLibrary] = WeakValueDictionary()
 
+# Those for CUDA devices, which stay: their code stays on the devices, where graphs may launch it,
+# and each of them knows what it has loaded. Loaded anew, one would load it once more.
+kept: dict[str, LoadedLibrary] = {}
+
 
 def load_library(library: Library) -> LoadedLibrary:
     """Load `library.content`.
@@ -68,7 +72,8 @@ def load_library(library: Library) -> LoadedLibrary:
     for place in (_sealed_memory, _private_file):
         try:
             with place(library) as path:
-                return _loaded.setdefault(library.sha256, LoadedLibrary(_load(path)))
+                made = _loaded.setdefault(library.sha256, LoadedLibrary(_load(path)))
+                return kept.setdefault(library.sha256, made) if library.kind == "cuda" else made
         except (RuntimeError, OSError, ValueError) as error:
             errors.append(error)
     reason = "; ".join(

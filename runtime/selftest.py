@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import tvm_ffi
 
-from normgraph.errors import AccuracyError, ArtifactCorrupt, ArtifactError, ArtifactNotFound
+from normgraph.errors import (
+    AccuracyError,
+    ArtifactCorrupt,
+    ArtifactError,
+    ArtifactNotFound,
+    DeviceError,
+)
 from normgraph.runtime import archive, cuda_arrays, dlpack
 from normgraph.runtime.artifact import Artifact
 from normgraph.runtime.call import Call
@@ -33,13 +41,18 @@ class SelfTestResult:
 
 
 def run_self_test(artifact: Artifact, calls: Mapping[str, Call]) -> tuple[SelfTestResult, ...]:
-    """Run every stored case. Raises AccuracyError for the first output that is wrong."""
+    """Run every stored case. Raises AccuracyError for the first output that is wrong.
+
+    Raises DeviceError where a CUDA device or its driver refuses.
+    """
     results: list[SelfTestResult] = []
     content = _vectors(artifact)
     try:
         vectors = Vectors(content)
         for case in artifact.self_test_cases:
             results += _run(artifact, calls[case.kind], case, vectors)
+    except DeviceError:
+        raise
     except _UNREADABLE as error:
         raise ArtifactCorrupt(
             f"{artifact.self_test.path}: the self-test cannot be read or run:"
@@ -66,6 +79,25 @@ def _vectors(artifact: Artifact) -> bytes:
 
 
 def _run(
+    artifact: Artifact,
+    call: Call,
+    case: SelfTestCase,
+    vectors: Vectors,
+) -> list[SelfTestResult]:
+    with _stream_of(call):
+        return _run_on(artifact, call, case, vectors)
+
+
+def _stream_of(call: Call) -> contextlib.AbstractContextManager[object]:
+    """On a device the default stream: the caller's may be captured, and is not to wait."""
+    if not isinstance(call, CudaCall):
+        return contextlib.nullcontext()
+    device = tvm_ffi.device("cuda", call.test_device)
+    default: contextlib.AbstractContextManager[object] = tvm_ffi.use_raw_stream(device, 0)
+    return default
+
+
+def _run_on(
     artifact: Artifact,
     call: Call,
     case: SelfTestCase,

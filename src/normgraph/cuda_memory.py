@@ -1,7 +1,9 @@
 """Device memory without a framework: allocated, filled and read through the driver.
 
 Every call selects the device's primary context, the one PyTorch and the CUDA runtime use, for as
-long as it lasts. Copies are synchronous.
+long as it lasts. Copies are made in the order of a stream and waited for. The driver's synchronous
+ones are of the default stream, with which no order is kept by a stream that is non-blocking, as
+those of PyTorch and CuPy are.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ _new_capsule = ctypes.PYFUNCTYPE(
     ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
 )(("PyCapsule_New", ctypes.pythonapi))
 _NAME = b"dltensor"
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 # What was exported and not given back yet, by the address of its DLManagedTensor.
 _exported: dict[int, tuple[Any, ...]] = {}
@@ -43,26 +46,47 @@ def _on(device: int, by: Driver | None = None) -> Iterator[Driver]:
         found.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
-def upload(address: int, source: int, nbytes: int, device: int) -> None:
-    """Copy from host memory at `source`."""
+@contextlib.contextmanager
+def _beside_captures(found: Driver) -> Iterator[None]:
+    """What may wait for the device is allowed to this thread, whatever graph is captured."""
+    mode = ctypes.c_int(_RELAXED)
+    found.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        found.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+
+def upload(address: int, source: int, nbytes: int, device: int, stream: int) -> None:
+    """Copy from host memory at `source`, after what the stream has to do before.
+
+    When it returns the values are there for every stream. Raises cuda.DriverError.
+    """
     with _on(device) as found:
         found.call(
-            "cuMemcpyHtoD_v2",
+            "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(address),
             ctypes.c_void_p(source),
             ctypes.c_size_t(nbytes),
+            ctypes.c_void_p(stream),
         )
+        found.call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
 
-def download(target: int, address: int, nbytes: int, device: int) -> None:
-    """Copy to host memory at `target`, after what the default stream has to do before."""
+def download(target: int, address: int, nbytes: int, device: int, stream: int) -> None:
+    """Copy to host memory at `target`, after what the stream has to do before.
+
+    Raises cuda.DriverError.
+    """
     with _on(device) as found:
         found.call(
-            "cuMemcpyDtoH_v2",
+            "cuMemcpyDtoHAsync_v2",
             ctypes.c_void_p(target),
             ctypes.c_uint64(address),
             ctypes.c_size_t(nbytes),
+            ctypes.c_void_p(stream),
         )
+        found.call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
 
 class Memory:
@@ -108,7 +132,8 @@ class Memory:
 def _give_back(managed: int) -> None:
     _, _, owner, address, device = _exported.pop(managed)
     if owner is not None:
-        with _on(device, owner):
+        # It is the garbage collector that says when, at worst while somebody captures a graph.
+        with _on(device, owner), _beside_captures(owner):
             owner.call("cuMemFree_v2", ctypes.c_uint64(address))
 
 

@@ -36,7 +36,7 @@ from normgraph.compile import (
 from normgraph.compile.cuda_codegen import CudaSource
 from normgraph.compile.cuda_compilers import Image
 from normgraph.compile.targets import Target
-from normgraph.runtime import cuda_arrays
+from normgraph.runtime import cuda_arrays, loading
 
 HERE = Path(__file__).parent
 HOST_KERNELS = "libkernels.so"
@@ -68,8 +68,22 @@ class Driver:
         """What every device answers for an attribute; 1 by default."""
         self._library.fake_attribute(number, value)
 
-    def fail(self, name: str, status: int) -> None:
-        self._library.fake_fail(name.encode(), status)
+    def fail(self, name: str, status: int, after: int = 0) -> None:
+        """Calls of this function fail from now on, but for the first `after` of them."""
+        self._library.fake_fail(name.encode(), status, after)
+
+    def room(self, occupancy: int, multiprocessors: int = 0) -> None:
+        """How many blocks stand on a multiprocessor; of how many a stream has, 0 for all."""
+        self._library.fake_room(occupancy, multiprocessors)
+
+    @contextlib.contextmanager
+    def late(self) -> Iterator[None]:
+        """A stream does its work when somebody waits for it, and no other stream waits."""
+        self._library.fake_late(1)
+        try:
+            yield
+        finally:
+            self._library.fake_late(0)
 
     def kernels(self, path: Path) -> None:
         """Kernels compiled for the host, which launches run from now on."""
@@ -156,7 +170,8 @@ def compile_for_host(source: CudaSource, folder: Path) -> Path:
             "  for (threadIdx.z = 0; threadIdx.z < n[5]; ++threadIdx.z)\n"
             "  for (threadIdx.y = 0; threadIdx.y < n[4]; ++threadIdx.y)\n"
             "  for (threadIdx.x = 0; threadIdx.x < n[3]; ++threadIdx.x)\n"
-            f"    kernel({given});\n}}"
+            f"    kernel({given});\n}}\n"
+            f'extern "C" const int count_{kernel.name} = {len(types)};'
         )
     file = folder / "kernels.cc"
     file.write_text("\n".join(parts), encoding="utf-8")
@@ -178,7 +193,7 @@ class Built:
 def plainly(compiler: FakeCompiler) -> Iterator[None]:
     """Builds with this compiler, by the plain rule, whose kernels have no barriers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_compilers, "find", lambda: compiler)
+        patch.setattr(cuda_compilers, "find", lambda *_: compiler)
         patch.setitem(pipeline.RULES, "cuda", (cuda_plain_rule,))
         patch.setenv("NORMGRAPH_LIBCUDA", str(HERE / "libcuda.so.1"))  # no device while building
         yield
@@ -224,10 +239,20 @@ def build_plain(
 
 
 @pytest.fixture
+def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
+    """Builds of the test use it, and the plain rule."""
+    made = FakeCompiler()
+    monkeypatch.setattr(cuda_compilers, "find", lambda *_: made)
+    monkeypatch.setitem(pipeline.RULES, "cuda", (cuda_plain_rule,))
+    return made
+
+
+@pytest.fixture
 def instance_norm(build_plain: Callable[..., Built], driver: Driver, tmp_path: Path) -> Path:
     """An artifact of its own for a test, whose kernels the fake driver runs."""
     spec = ng.NormSpec("instance_norm", track_running_stats=True)
     built = build_plain(spec, ("N", 6, 4, 5))
+    loading.kept.clear()
     gc.collect()  # a library that is still loaded is not loaded again
     driver.kernels(built.host_kernels)
     copied = tmp_path / "artifact"

@@ -1,7 +1,9 @@
 /* A CUDA driver of the functions that the package uses, without a device.
  *
  * Device memory is host memory. Every call is noted as a line of text that the tests read. A launch
- * runs the kernel where a library of kernels compiled for the host was given.
+ * runs the kernel where a library of kernels compiled for the host was given: at once, or, once it
+ * is told to be late, when somebody waits for its stream, as a device may. Streams do not wait for
+ * one another then, nor for the default stream: all of them are non-blocking, as PyTorch's.
  */
 #include <dlfcn.h>
 #include <pthread.h>
@@ -12,17 +14,21 @@
 #include <string.h>
 
 enum { MOST_DEVICES = 8, LOG_BYTES = 1 << 20, OK = 0, INVALID = 1, NO_DEVICE = 100, NO_IMAGE = 209 };
-enum { RELAXED = 2, CAPTURE_UNSUPPORTED = 900 };
+enum { RELAXED = 2, TOO_LARGE = 720, CAPTURE_UNSUPPORTED = 900 };
+enum { MULTIPROCESSORS = 16, MOST_ARGUMENTS = 160, ANY_OCCUPANCY = 32 };
 
 static struct {
-  int version, devices, capability[MOST_DEVICES], failure;
+  int version, devices, capability[MOST_DEVICES], failure, spared;
   int attributes[128];
   char failing[64];
   char log[LOG_BYTES];
   size_t used;
   void* kernels;
-  int live, capturing;
-} fake = {13000, 1, {90, 90, 90, 90, 90, 90, 90, 90}, 0, {0}, "", "", 0, NULL, 0, 0};
+  int live, capturing, late, occupancy, usable;
+} fake = {.version = 13000,
+          .devices = 1,
+          .capability = {90, 90, 90, 90, 90, 90, 90, 90},
+          .occupancy = ANY_OCCUPANCY};
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread void* stack[16];
 static __thread int depth = 0;
@@ -41,9 +47,9 @@ static void note(const char* format, ...) {
   pthread_mutex_unlock(&lock);
 }
 
-#define CHECK(name)                                              \
-  do {                                                           \
-    if (strcmp(fake.failing, name) == 0) return fake.failure;    \
+#define CHECK(name)                                                                    \
+  do {                                                                                 \
+    if (strcmp(fake.failing, name) == 0 && fake.spared-- <= 0) return fake.failure;    \
   } while (0)
 
 /* What waits for the device or may, while a thread that allows no such call captures a graph. */
@@ -55,9 +61,58 @@ static void note(const char* format, ...) {
     }                                              \
   } while (0)
 
+/* What a stream has still to do, in the order in which it was asked for. */
+
+typedef void kernel(void**, const unsigned*, unsigned);
+
+typedef struct work {
+  struct work* next;
+  void* stream;
+  kernel* run; /* or NULL: a copy */
+  unsigned sizes[6], shared;
+  uint64_t values[MOST_ARGUMENTS];
+  void *target, *staged; /* without bytes: memory to give back */
+  size_t bytes;
+} work;
+static work* waiting = NULL;
+
+static work* later(void* stream) {
+  work **end = &waiting, *made = calloc(1, sizeof *made);
+  made->stream = stream;
+  while (*end) end = &(*end)->next;
+  return *end = made;
+}
+
+static void done(work* each) {
+  void* args[MOST_ARGUMENTS];
+  for (int i = 0; i < MOST_ARGUMENTS; ++i) args[i] = &each->values[i];
+  if (each->run) each->run(args, each->sizes, each->shared);
+  if (each->bytes) memcpy(each->target, each->staged, each->bytes);
+  if (!each->run && !each->bytes) free(each->target);
+  free(each->staged);
+  free(each);
+}
+
+/* The work of a stream, or of all others. */
+static void finish(void* stream, int others) {
+  for (work** at = &waiting; *at;) {
+    work* each = *at;
+    if ((each->stream == stream) != others) {
+      *at = each->next;
+      done(each);
+    } else {
+      at = &each->next;
+    }
+  }
+}
+
+/* The default stream's last: kernels of others that rely on it come too early. */
+static void finish_all(void) { finish(NULL, 1), finish(NULL, 0); }
+
 /* For the tests. */
 
 void fake_reset(void) {
+  finish_all();
   fake.version = 13000;
   fake.devices = 1;
   for (int i = 0; i < MOST_DEVICES; ++i) fake.capability[i] = 90;
@@ -66,16 +121,20 @@ void fake_reset(void) {
   fake.used = 0;
   fake.log[0] = 0;
   fake.kernels = NULL;
-  fake.capturing = 0;
+  fake.capturing = fake.late = fake.usable = 0;
+  fake.occupancy = ANY_OCCUPANCY;
 }
 void fake_version(int version) { fake.version = version; }
 void fake_devices(int count) { fake.devices = count; }
 void fake_capability(int device, int capability) { fake.capability[device] = capability; }
 void fake_attribute(int attribute, int value) { fake.attributes[attribute] = value; }
-void fake_fail(const char* name, int status) {
+void fake_fail(const char* name, int status, int spared) {
   snprintf(fake.failing, sizeof fake.failing, "%s", name);
   fake.failure = status;
+  fake.spared = spared;
 }
+void fake_late(int late) { finish_all(), fake.late = late; }
+void fake_room(int occupancy, int usable) { fake.occupancy = occupancy, fake.usable = usable; }
 int fake_kernels(const char* path) {
   fake.kernels = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   return fake.kernels != NULL;
@@ -169,19 +228,35 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   note("attribute %s %d=%d", (char*)function, attribute, value);
   return OK;
 }
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads,
+                                                size_t shared) {
+  (void)function, (void)threads, (void)shared;
+  CHECK("cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  return *blocks = fake.occupancy, OK;
+}
 static int launched(const char* how, void* function, const unsigned* sizes, unsigned shared,
                     void* stream, void** args) {
-  typedef void kernel(void**, const unsigned*, unsigned);
   note("%s %d %s grid %u %u %u block %u %u %u shared %u stream %p", how, device_of(here()),
        (char*)function, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], shared, stream);
   if (!here()) return 201;
   if (fake.kernels) {
     char name[256];
     kernel* run;
+    const int* count;
     snprintf(name, sizeof name, "run_%s", (char*)function);
     *(void**)&run = dlsym(fake.kernels, name);
     if (!run) return 500;
-    run(args, sizes, shared);
+    snprintf(name, sizeof name, "count_%s", (char*)function);
+    count = dlsym(fake.kernels, name);
+    if (fake.late && count) {
+      work* made = later(stream);
+      made->run = run;
+      made->shared = shared;
+      memcpy(made->sizes, sizes, sizeof made->sizes);
+      for (int i = 0; i < *count; ++i) memcpy(&made->values[i], args[i], sizeof *made->values);
+    } else {
+      run(args, sizes, shared);
+    }
   }
   return OK;
 }
@@ -195,7 +270,12 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
 int cuLaunchCooperativeKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                               unsigned by, unsigned bz, unsigned shared, void* stream, void** args) {
   const unsigned sizes[6] = {gx, gy, gz, bx, by, bz};
+  int usable = fake.usable ? fake.usable : fake.attributes[MULTIPROCESSORS];
   CHECK("cuLaunchCooperativeKernel");
+  if (gx * gy * gz > (unsigned)(usable * fake.occupancy)) {
+    note("refused %s", (char*)function);
+    return TOO_LARGE;
+  }
   return launched("together", function, sizes, shared, stream, args);
 }
 
@@ -213,21 +293,54 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   return OK;
 }
 int cuMemFree_v2(uint64_t address) {
+  CHECK("cuMemFree_v2");
   NOT_CAPTURED("cuMemFree_v2");
-  note("free %d", device_of(here()));
+  finish_all();
+  note("free %d mode %d", device_of(here()), capture_mode);
   __atomic_sub_fetch(&fake.live, 1, __ATOMIC_RELAXED);
   free((void*)(uintptr_t)address);
   return here() ? OK : 201;
 }
-int cuMemcpyHtoD_v2(uint64_t target, const void* source, size_t bytes) {
-  NOT_CAPTURED("cuMemcpyHtoD_v2");
-  memcpy((void*)(uintptr_t)target, source, bytes);
+/* The host's memory may be used again when this returns; the device's is written when it is. */
+static int copy_in(uint64_t target, const void* source, size_t bytes, void* stream) {
+  if (fake.late && bytes) {
+    work* made = later(stream);
+    made->target = (void*)(uintptr_t)target;
+    made->staged = memcpy(malloc(bytes), source, bytes);
+    made->bytes = bytes;
+  } else {
+    memcpy((void*)(uintptr_t)target, source, bytes);
+  }
   return here() ? OK : 201;
 }
-int cuMemcpyDtoH_v2(void* target, uint64_t source, size_t bytes) {
-  NOT_CAPTURED("cuMemcpyDtoH_v2");
+static int copy_out(void* target, uint64_t source, size_t bytes, void* stream) {
+  finish(stream, 0);
   memcpy(target, (void*)(uintptr_t)source, bytes);
   return here() ? OK : 201;
+}
+int cuMemcpyHtoD_v2(uint64_t target, const void* source, size_t bytes) {
+  CHECK("cuMemcpyHtoD_v2");
+  NOT_CAPTURED("cuMemcpyHtoD_v2");
+  return copy_in(target, source, bytes, NULL);
+}
+int cuMemcpyDtoH_v2(void* target, uint64_t source, size_t bytes) {
+  CHECK("cuMemcpyDtoH_v2");
+  NOT_CAPTURED("cuMemcpyDtoH_v2");
+  return copy_out(target, source, bytes, NULL);
+}
+int cuMemcpyHtoDAsync_v2(uint64_t target, const void* source, size_t bytes, void* stream) {
+  CHECK("cuMemcpyHtoDAsync_v2");
+  return copy_in(target, source, bytes, stream);
+}
+int cuMemcpyDtoHAsync_v2(void* target, uint64_t source, size_t bytes, void* stream) {
+  CHECK("cuMemcpyDtoHAsync_v2");
+  return copy_out(target, source, bytes, stream);
+}
+int cuStreamSynchronize(void* stream) {
+  CHECK("cuStreamSynchronize");
+  NOT_CAPTURED("cuStreamSynchronize");
+  finish(stream, 0);
+  return OK;
 }
 int cuMemPoolCreate(void** pool, const void* properties) {
   const int* words = properties;
@@ -253,9 +366,14 @@ int cuMemAllocFromPoolAsync(uint64_t* address, size_t bytes, void* pool, void* s
   return OK;
 }
 int cuMemFreeAsync(uint64_t address, void* stream) {
+  CHECK("cuMemFreeAsync");
   note("release stream %p", stream);
   __atomic_sub_fetch(&fake.live, 1, __ATOMIC_RELAXED);
-  free((void*)(uintptr_t)address);
+  if (fake.late) {
+    later(stream)->target = (void*)(uintptr_t)address;
+  } else {
+    free((void*)(uintptr_t)address);
+  }
   return OK;
 }
 
@@ -266,6 +384,8 @@ int cuGetErrorName(int status, const char** name) {
           : status == 100 ? "CUDA_ERROR_NO_DEVICE"
           : status == NO_IMAGE ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
           : status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+          : status == TOO_LARGE ? "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
+          : status == CAPTURE_UNSUPPORTED ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
                           : "CUDA_ERROR_FAKE";
   return OK;
 }

@@ -37,6 +37,16 @@ def test_the_first_load_runs_the_self_test_on_the_device(instance_norm: Path, dr
     assert all(result.error <= result.tolerance for result in operator.self_test())
 
 
+def test_an_artifact_that_is_loaded_again_has_its_code_on_the_device(
+    instance_norm: Path, driver: Any
+) -> None:
+    for loads in (1, 0, 0):
+        operator = ng.load(instance_norm)
+        assert len(driver.take("load")) == loads
+        del operator
+        gc.collect()
+
+
 def test_a_wrong_kernel_fails_the_self_test(
     instance_norm: Path, driver: Any, tmp_path: Path
 ) -> None:

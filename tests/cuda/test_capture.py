@@ -125,6 +125,40 @@ def test_captures_on_several_devices(
         np.testing.assert_array_equal(on_host(y), np.arange(6))
 
 
+def test_an_array_that_is_dropped_goes_back_and_leaves_the_capture_as_it_was(
+    on_device: Callable[..., Any], driver: Any
+) -> None:
+    live = driver.live
+    array = on_device(np.zeros(6))
+    driver.take()
+    with driver.capture():
+        del array
+        assert driver.take("free", "forbidden") == ["free 0 mode 2"]
+        assert driver.live == live
+        with pytest.raises(DeviceError, match=REFUSED):
+            cuda_arrays.owned_tensor((1,), "float32")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_array_that_cannot_be_given_back_leaves_the_capture_as_it_was(
+    on_device: Callable[..., Any], driver: Any
+) -> None:
+    array = on_device(np.zeros(6))
+    driver.fail("cuMemFree_v2", 700)
+    with driver.capture():
+        del array
+        with pytest.raises(DeviceError, match=REFUSED):
+            cuda_arrays.owned_tensor((1,), "float32")
+
+
+def test_values_are_not_copied_in_a_capture(
+    pair: Callable[..., tuple[Any, Any]], driver: Any
+) -> None:
+    x, _ = pair()
+    with driver.capture(), pytest.raises(DeviceError, match="While a CUDA graph is captured"):
+        cuda_arrays.memory_view(x, "float32")
+
+
 def test_an_operator_with_outputs_given(
     instance_norm: Path, on_device: Callable[..., Any], on_host: Callable[..., Any], driver: Any
 ) -> None:

@@ -12,6 +12,8 @@ import tvm_ffi
 from tvm import tirx
 from tvm.ir.prim.expr import FloatImm, IntImm
 
+from normgraph.compile import tir
+
 
 def i32(value: int) -> Any:
     return IntImm("int32", value)
@@ -224,6 +226,53 @@ def test_a_failed_call_gives_its_workspaces_back(
     driver.fail("", 0)
     library.module["copy"](x, y)
     assert driver.live == live
+
+
+def test_a_call_that_gets_only_some_of_its_workspaces_gives_them_back(
+    link_library: Callable[..., Any],
+    launch: Callable[..., Any],
+    arrays: Callable[..., list[Any]],
+    driver: Any,
+) -> None:
+    library = link_library({"copy": through_workspaces(launch)})
+    x, y = arrays(6, count=2)
+    live = driver.live
+    for _ in range(3):
+        driver.fail("cuMemAllocFromPoolAsync", 2, after=1)
+        with pytest.raises(RuntimeError, match="allocating a workspace"):
+            library.module["copy"](x, y)
+        assert [line.split()[0] for line in driver.take("workspace", "release")] == [
+            "workspace",
+            "release",
+        ]
+        assert driver.live == live
+
+
+def test_what_host_code_leaves_goes_back_with_the_next_call(
+    link_library: Callable[..., Any],
+    arrays: Callable[..., list[Any]],
+    driver: Any,
+) -> None:
+    """Of the device and in the order of the stream it was taken on."""
+    n, x = buffer("x")
+    held = tirx.decl_buffer((n,), "float32", "held", scope="global")
+    small = tir.demand(tirx.LT(n, i64(8)), "too many")
+    func = tirx.PrimFunc([x], tirx.SeqStmt([tirx.AllocBuffer(held), small]))
+    library = link_library({"hold": func})
+    driver.devices(90, 90)
+    few, many = arrays(4, 1, count=1), arrays(9, 0, count=1)
+    live = driver.live
+    with (
+        tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", 0), 0xC0),
+        pytest.raises(ValueError, match="too many"),
+    ):
+        library.module["hold"](*many)
+    driver.take()
+    library.module["hold"](*few)
+    assert driver.live == live
+    lines = driver.take("push", "release", "workspace")
+    assert lines[:2] == ["push 0", "release stream 0xc0"]
+    assert lines[-1] == "release stream (nil)"
 
 
 def test_dynamic_shared_memory_is_asked_for_once(

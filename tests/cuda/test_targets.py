@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def test_targets_run_where_a_device_does(driver: Any) -> None:
     driver.devices(75, 80)
     assert [resolve(n).runs_here for n in ("cuda", "sm_90")] == [True, False]
     assert [resolve(n).device for n in ("cuda", "sm_90")] == [1, None]
+    driver.devices(100, 90)
+    assert [resolve(n).device for n in ("sm_90", "sm_80", "sm_100")] == [1, 0, 0]
+
+
+def test_targets_of_a_later_cuda_do_not_run(driver: Any) -> None:
+    driver.version(12, 4)
+    assert resolve("sm_90").runs_here
+    assert resolve("sm_90").obstacle((12, 8)) is None
+    assert "the driver supports CUDA 12.4" in (resolve("sm_90").obstacle((13, 0)) or "")
+    assert resolve("cpu").obstacle((13, 0)) is None
 
 
 def test_targets_without_a_driver(no_driver: None) -> None:
@@ -79,6 +90,21 @@ def test_doctor_without_a_driver(no_driver: None, capsys: pytest.CaptureFixture[
     (line,) = [e for e in json.loads(capsys.readouterr().out) if e["topic"] == "cuda"]
     assert "there is no CUDA driver" in line["found"]
     assert line["status"] == "ok"
+
+
+@pytest.fixture
+def nvcc_of(tmp_path: Path, no_nvcc: None) -> Callable[[str], None]:
+    """nvcc_of("11.5"): the nvcc on the PATH is of that CUDA."""
+
+    def put(version: str) -> None:
+        tool = tmp_path / "nvcc"
+        tool.write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}'\n"
+        )
+        tool.chmod(0o755)
+        cuda_compilers.nvcc.cache_clear()
+
+    return put
 
 
 @pytest.fixture
@@ -122,11 +148,9 @@ def test_the_command_line_exits_with_6(
 
 
 def test_the_compiler_can_be_chosen(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_nvcc: None
+    monkeypatch: pytest.MonkeyPatch, nvcc_of: Callable[[str], None]
 ) -> None:
-    tool = tmp_path / "nvcc"
-    tool.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
-    tool.chmod(0o755)
+    nvcc_of("12.9")
     found = cuda_compilers.find()
     assert (found.name, found.version) == ("nvcc", (12, 9))
     monkeypatch.setenv(cuda_compilers.VARIABLE, "nvrtc")
@@ -134,6 +158,40 @@ def test_the_compiler_can_be_chosen(
     monkeypatch.setenv(cuda_compilers.VARIABLE, "clang")
     with pytest.raises(ToolMissing, match="expected nvcc or nvrtc"):
         cuda_compilers.find()
+
+
+@pytest.mark.parametrize(
+    ("target", "first", "before"),
+    [
+        ("sm_80", "11.0", "10.2"),
+        ("sm_90", "11.8", "11.7"),
+        ("cuda", "11.8", "11.0"),
+        ("sm_100", "12.8", "12.6"),
+    ],
+)
+def test_an_nvcc_that_does_not_know_an_architecture_is_passed_over(
+    target: str, first: str, before: str, nvcc_of: Callable[[str], None]
+) -> None:
+    archs = resolve(target).archs
+    nvcc_of(first)
+    assert cuda_compilers.find(archs).name == "nvcc"
+    nvcc_of(before)
+    assert cuda_compilers.find(archs).name == "nvrtc"
+
+
+def test_without_a_compiler_that_knows_the_architecture_both_are_told(
+    monkeypatch: pytest.MonkeyPatch, nvcc_of: Callable[[str], None]
+) -> None:
+    nvcc_of("11.5")
+    monkeypatch.setattr(cuda_compilers, "nvrtc", lambda: None)
+    with pytest.raises(
+        ToolMissing, match=r"sm_80, sm_90 needs .* of CUDA 11\.8 or later"
+    ) as caught:
+        cuda_compilers.find(resolve("cuda").archs)
+    assert "the nvcc that is here is of CUDA 11.5, and NVRTC is not" in str(caught.value)
+    monkeypatch.setenv(cuda_compilers.VARIABLE, "nvcc")
+    with pytest.raises(ToolMissing, match=r"nvcc that is here is of CUDA 11\.5\. pip install"):
+        cuda_compilers.find(("sm_90",))
 
 
 def test_nvcc_beside_cuda_home(

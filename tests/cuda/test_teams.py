@@ -43,20 +43,36 @@ def become(driver: Any) -> Callable[..., None]:
 
 
 @pytest.fixture
-def forward(link_library: Callable[..., Any], on_device: Callable[..., Any], driver: Any) -> Any:
-    """forward(rows): layer norm of so many long rows, with nothing that runs the kernels."""
-    func = scheduled(ng.NormSpec("layer_norm"), "forward", ("N", ROW), "float32")
-    library = link_library({"forward": func})
-    every = 0b010101
+def layer_norm(
+    link_library: Callable[..., Any], on_device: Callable[..., Any], driver: Any
+) -> Callable[[str], Callable[..., None]]:
+    """layer_norm(kind)(rows, device=0): of long rows, captured, with nothing that runs kernels."""
 
-    def call(rows: int) -> None:
-        wide, narrow = np.zeros((rows, ROW)), np.zeros((rows, 1))
-        parameter = np.zeros(ROW)
-        given = [on_device(each) for each in (wide, parameter, parameter, wide, narrow, narrow)]
-        driver.take()
-        library.module["forward"](*given, every)
+    def load(kind: str) -> Callable[..., None]:
+        func = scheduled(ng.NormSpec("layer_norm"), kind, ("N", ROW), "float32")
+        library = link_library({kind: func})
+        every = 0b010101
 
-    return call
+        def call(rows: int, device: int = 0) -> None:
+            wide, narrow, parameter = np.zeros((rows, ROW)), np.zeros((rows, 1)), np.zeros(ROW)
+            if kind == "forward":
+                arrays = [wide, parameter, parameter, wide, narrow, narrow]
+            else:
+                arrays = [wide, wide, parameter, narrow, narrow, wide, parameter, parameter]
+            given = [on_device(each, device) for each in arrays]
+            driver.take()
+            with driver.capture():
+                library.module[kind](*given, every)
+
+        return call
+
+    return load
+
+
+@pytest.fixture
+def forward(layer_norm: Callable[[str], Callable[..., None]]) -> Callable[..., None]:
+    """forward(rows, device=0): that of layer norm."""
+    return layer_norm("forward")
 
 
 def sizes(line: str) -> dict[str, int]:
@@ -116,13 +132,72 @@ def test_a_driver_that_refuses_is_an_error_and_leaves_no_workspace(
     become: Callable[..., None], forward: Any, driver: Any
 ) -> None:
     become(132, 228, 50)
-    driver.fail("cuLaunchCooperativeKernel", 720)
+    driver.fail("cuLaunchCooperativeKernel", 700)
     with pytest.raises(RuntimeError, match="forward_kernel"):
         forward(32)
     assert [line.split()[0] for line in driver.take("workspace", "release")] == [
         "workspace",
         "release",
     ]
+
+
+def kernels(driver: Any, *words: str) -> list[str]:
+    """The kernels that were launched."""
+    return [line.split()[2] for line in driver.take(*words)]
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("how", ["a part of the device", "one block a multiprocessor"])
+def test_slices_are_split_where_blocks_have_no_room_together(
+    how: str,
+    kind: str,
+    become: Callable[..., None],
+    layer_norm: Callable[[str], Callable[..., None]],
+    driver: Any,
+) -> None:
+    become(132, 228, 50)
+    call = layer_norm(kind)
+    live = driver.live
+    if how == "a part of the device":
+        driver.room(2, multiprocessors=66)
+    else:
+        driver.room(1)
+    call(32)
+    lines = driver.take("launch", "together", "refused", "workspace", "release", "forbidden")
+    words = [line.split()[0] for line in lines]
+    assert words.count("workspace") == words.count("release")
+    assert words.count("refused") == (how == "a part of the device")
+    assert not {"together", "forbidden"} & set(words)
+    clear, *split = [line.split()[2] for line in lines if line.startswith("launch")]
+    assert driver.live == live
+    # It is remembered, and the same kernels run as where no blocks are launched together.
+    call(32)
+    assert kernels(driver, "launch", "together", "refused") == split
+    driver.attribute(TOGETHER, 0)
+    call(32)
+    assert kernels(driver, "launch") == split
+    assert clear not in split
+
+
+def test_a_refusal_is_of_one_device(become: Callable[..., None], forward: Any, driver: Any) -> None:
+    become(132, 228, 50)
+    driver.devices(90, 90)
+    driver.room(1)
+    forward(32, 0)
+    driver.room(2)
+    forward(32, 0)
+    assert driver.take("together") == []
+    forward(32, 1)
+    assert len(driver.take("together")) == 1
+
+
+def test_room_that_cannot_be_told_is_left_to_the_launch(
+    become: Callable[..., None], forward: Any, driver: Any
+) -> None:
+    become(132, 228, 50)
+    driver.fail("cuOccupancyMaxActiveBlocksPerMultiprocessor", 1)
+    forward(32)
+    assert len(driver.take("together")) == 1
 
 
 CASES = [

@@ -1,6 +1,7 @@
 // The part of the CUDA driver's API that launchers use, with the emulator as the device, and what
 // tests need beside it. A module's image is the path of a program.
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 
@@ -164,6 +165,11 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   return SUCCESS;
 }
 
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int threads, size_t shared) {
+  *blocks = std::min(2048 / threads, shared_here / static_cast<int>(shared + KILO));
+  return SUCCESS;
+}
+
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned shared, void*, void** params, void**) {
   return launch_it(function, {gx, gy, gz}, {bx, by, bz}, shared, false, params);
@@ -198,6 +204,13 @@ int cuMemcpyDtoH_v2(void* to, uint64_t address, size_t size) {
   if (!region || address - region->base + size > region->size) return INVALID_VALUE;
   memcpy(to, reinterpret_cast<void*>(address), size);
   return SUCCESS;
+}
+
+int cuMemcpyHtoDAsync_v2(uint64_t address, const void* from, size_t size, void*) {
+  return cuMemcpyHtoD_v2(address, from, size);
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t address, size_t size, void*) {
+  return cuMemcpyDtoH_v2(to, address, size);
 }
 
 // What tests call.

@@ -203,7 +203,7 @@ def build_emulated(
             ng.graphs.export(spec, shape=tuple(shape), dtype=dtype, out=graphs, kinds=kinds)
             compiler = EmulatedCompiler(emulator, fused)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cuda_compilers, "find", lambda: compiler)
+                patch.setattr(cuda_compilers, "find", lambda *_: compiler)
                 ng.compile.build(graphs, target=TARGET, out=folder / "artifact", self_test=False)
             (folder / "kernels.cu").write_text(compiler.text, encoding="utf-8")
 
