@@ -7,7 +7,8 @@
  * One thread pool serves all libraries of a process. The first one to be loaded offers its
  * functions in tvm_ffi's table of global functions, and the others take them from there. The one
  * that offers them is never unmapped. What stands behind the name of the offer may grow at its end;
- * a change of anything else takes a new name.
+ * a change of anything else takes a new name. Kernels rely on its pool for what they rely on in their
+ * own: since v2, that each thread has its streamed stores seen before its tasks count as done.
  */
 #define _GNU_SOURCE
 #include "backend.h"
@@ -30,7 +31,7 @@ KEEP_OLD(dlopen);
 #pragma weak TVMFFIFunctionSetGlobal
 #pragma weak TVMFFIObjectDecRef
 
-#define OFFER "normgraph.backend.v1"
+#define OFFER "normgraph.backend.v2"
 
 typedef struct {
   int (*launch)(parallel_body, void*, int);

@@ -18,6 +18,8 @@ from normgraph.errors import CompileError, DeviceError, NormGraphError
 
 # Of every device; nothing else of this process's has to be waited for.
 _DEFAULT_STREAM = 0
+# How a library begins what it tells of the driver's errors (cuda_device.c).
+_OF_THE_DEVICE = "CUDA device "
 
 
 def run(
@@ -28,7 +30,8 @@ def run(
 ) -> None:
     """Run every case on the library. Raises CompileError for the first output that is wrong.
 
-    device: a CUDA device to run it on. Raises DeviceError where it or its driver refuses.
+    device: a CUDA device to run it on. Raises DeviceError where it or its driver refuses, and
+    CompileError for any other fault.
     """
     if device is None:
         _run(library, cases, outputs, None)
@@ -39,6 +42,11 @@ def run(
     except NormGraphError:
         raise
     except (DriverError, RuntimeError) as error:
+        if not isinstance(error, DriverError) and not str(error).startswith(_OF_THE_DEVICE):
+            raise CompileError(
+                f"the self-test cannot be run on cuda:{device}: {error}. The kernels are at fault,"
+                " not the device. Nothing was written."
+            ) from None
         raise DeviceError(
             f"the self-test cannot be run on cuda:{device}: {error}. Nothing was written. Build"
             " where the device works, or where none can be seen (CUDA_VISIBLE_DEVICES= in the"

@@ -91,6 +91,20 @@ def test_the_mean_of_half_types(op: str, dtype: str, build_operator: Callable[..
         assert error <= max(2e-9, 1.5e-7 * centre), (shape, error)
 
 
+def test_the_worst_sample_of_half_types(build_operator: Callable[..., Any]) -> None:
+    """All sampled values lie together, near 0 but not there: the others are rounded to one side."""
+    spec, shape = NormSpec("instance_norm"), OPS["instance_norm"]
+    operator = build_operator(spec, shape, "float16", kinds=("forward",))
+    x = np.full((2, 4, 256, 512), 1.0625, np.float16)
+    x[..., 1::2] = -1.0625
+    flat = x.reshape(8, -1)
+    flat[:, : flat.shape[1] // 16] = 1025 * 2.0**-24
+    found = operator.forward(x, *[np.ones(4, np.float16)] * 2).mean
+    exact = x.astype(np.float64)
+    error = np.abs(found - exact.mean(axis=(2, 3), keepdims=True))
+    assert np.max(error) <= 2.0**-24 * np.mean(np.abs(exact))
+
+
 def test_matrices_sample_rows(build_operator: Callable[..., Any]) -> None:
     """With nothing behind the channels the first sixteenth of the rows is sampled."""
     spec = NormSpec("batch_norm")

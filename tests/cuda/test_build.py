@@ -80,6 +80,17 @@ def test_a_device_that_refuses_the_self_test_is_a_device_error(
     assert not (graphs.parent / "a").exists()
 
 
+def test_what_is_not_of_the_device_is_a_compile_error(
+    build: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("an undefined symbol")
+
+    monkeypatch.setattr("tvm_ffi.load_module", load)
+    with pytest.raises(ng.errors.CompileError, match="an undefined symbol"):
+        build()
+
+
 def test_the_command_line_exits_with_4(
     graphs: Path, driver: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
