@@ -51,6 +51,23 @@ static inline uint64_t nanoseconds(void) {
   return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+/* A pause in a loop that waits. */
+static inline void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+/* Stores that went past the caches (streaming.py) are seen before what follows: x86 keeps other
+ * stores in order, but not those. */
+static inline void order_stores(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 /* backend.c */
 void set_error(const char* kind, const char* message);
 void* take_error(void);

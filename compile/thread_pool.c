@@ -91,22 +91,6 @@ static bool alive[MOST_THREADS];
 
 static _Thread_local bool in_task;
 
-static void relax(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-/* Stores that went past the caches (streaming.py) are seen before what follows: x86 keeps other
- * stores in order, but not those. */
-static void order_stores(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
-}
-
 static void sleep_while(_Atomic uint32_t* word, uint32_t value) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
