@@ -88,7 +88,7 @@ class Results:
             elif outcome.get("numeric"):
                 numeric.append(outcome["numeric"])
             if job.task == TIME and outcome.get("us"):
-                beside = self._done.get(Job(COMPILED, *_rest(job)).key, {}).get("us", {})
+                beside = self._done.get(Job(COMPILED, *_rest(job)).key, {})
                 limits = self._limits[outcome["limits"]]
                 rows.append(row(job.case, job.about, outcome, beside, limits))
         return {
