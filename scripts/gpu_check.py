@@ -175,10 +175,19 @@ def _pack_of(folder: Path) -> Any:
 
 
 def unpacked(folder: Path) -> Path:
-    """The artifacts in a folder that was packed, unpacked the first time."""
-    target, part = folder / "artifacts", folder / "artifacts.part"
+    """The artifacts in a folder that was packed, unpacked the first time.
+
+    They carry the pack's digest: a folder may be copied over another. Without a pack.json they are
+    what is there.
+    """
+    about = _pack_of(folder)
+    if about is None:
+        return folder / "artifacts"
+    target = folder / f"artifacts-{about['digest']}"
+    part = target.with_name(f"{target.name}.part")
     if not target.exists():
-        shutil.rmtree(part, ignore_errors=True)
+        for stale in folder.glob("artifacts-*"):
+            shutil.rmtree(stale)
         checked: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         with tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(part, **checked)

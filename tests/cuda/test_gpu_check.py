@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -46,22 +45,48 @@ def test_a_pack_holds_artifacts_wheels_and_the_script(
         tmp_path / "p", repository, chosen=chosen, wheels=fake_wheels, progress=said.append
     )
     names = {case.name for case in chosen}
-    assert not (out / "artifacts").exists()
     for _ in range(2):  # unpacked once
         assert {path.name for path in gpu_check.unpacked(out).iterdir()} == names
-    assert not (out / "artifacts.part").exists()
+    assert len(list(out.glob("artifacts-*"))) == 1
     manifest = gpu_check.unpacked(out) / chosen[0].name / "manifest.json"
     assert manifest.read_bytes() == np.random.default_rng(0).bytes(10)
     assert (out / "wheels" / "normgraph.whl").exists()
     assert os.access(out / "gpu_check", os.X_OK)
     about = json.loads((out / "pack.json").read_text())
     assert set(about["names"]) == names
-    archive = (out / ARCHIVE).read_bytes()
-    assert about["archive"] == hashlib.sha256(archive).hexdigest()
+    assert gpu_check.unpacked(out).name == f"artifacts-{about['digest']}"
     assert said[-1].startswith("packed 0.0 MB")
     (out / "stale").write_text("")
     gpu_pack.pack(out, repository, chosen=chosen, wheels=fake_wheels, progress=said.append)
     assert not (out / "stale").exists()
+
+
+def test_a_pack_copied_over_another_is_unpacked_anew(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = tmp_path / "carried"
+    holds: dict[str, str] = {}
+
+    def wheels(repository: Path, target: Path) -> None:
+        (target / "our.whl").write_text(holds["wheel"])
+
+    for size, text in ((10, "a"), (20, "a"), (20, "b")):
+        holds["wheel"] = text
+        monkeypatch.setattr(ng.compile, "build", fake_build(size))
+        made = gpu_pack.pack(
+            tmp_path / "made",
+            repository,
+            chosen=cases()[:1],
+            wheels=wheels,
+            progress=lambda line: None,
+        )
+        shutil.copytree(made, carried, dirs_exist_ok=True)
+        (found,) = gpu_check.unpacked(carried).glob("*/manifest.json")
+        assert found.read_bytes() == np.random.default_rng(0).bytes(size)
+        (folder,) = carried.glob("artifacts-*")
+        assert folder.name.endswith(json.loads((carried / "pack.json").read_text())["digest"])
+    (carried / "pack.json").unlink()
+    assert gpu_check.unpacked(carried) == carried / "artifacts"
 
 
 def test_a_pack_that_is_too_large_is_refused(
@@ -118,12 +143,32 @@ def test_a_choice_of_no_case_is_refused(
     assert "sum_norm" in capsys.readouterr().err
 
 
+def test_a_digest_is_of_the_archive_and_every_wheel(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    contents = {ARCHIVE: "a", "wheels/ours.whl": "b", "wheels/theirs.whl": "c"}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    digest = gpu_pack._digest(tmp_path)
+    assert gpu_pack._digest(tmp_path) == digest
+    for name, text in contents.items():
+        (tmp_path / name).write_text("d")
+        assert gpu_pack._digest(tmp_path) != digest
+        (tmp_path / name).write_text(text)
+
+
+def write_about(folder: Path, digest: str) -> None:
+    """A pack.json as `pack` writes it."""
+    about = {"normgraph": "0.1", "tvm_ffi": "0.2", "digest": digest, "names": [cases()[0].name]}
+    (folder / "pack.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
 def test_the_script_runs_from_the_folder_alone(
     tmp_path: Path, repository: Path, no_driver: None
 ) -> None:
     shutil.copy(repository / "scripts" / "gpu_check", tmp_path)
     (tmp_path / "wheels").mkdir()
-    (tmp_path / "site").mkdir()
+    write_about(tmp_path, "1")
+    (tmp_path / "site-1").mkdir()
     done = subprocess.run(
         [str(tmp_path / "gpu_check"), "--accuracy"],
         env={**os.environ, "PYTHON": sys.executable},
@@ -137,9 +182,10 @@ def test_the_script_runs_from_the_folder_alone(
 
 
 def test_an_install_that_broke_off_is_done_again(tmp_path: Path, repository: Path) -> None:
-    """site is there as a whole or not at all."""
+    """site is there as a whole or not at all, and of this pack."""
     shutil.copy(repository / "scripts" / "gpu_check", tmp_path)
     (tmp_path / "wheels").mkdir()
+    write_about(tmp_path, "1")
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"
@@ -154,16 +200,22 @@ def test_an_install_that_broke_off_is_done_again(tmp_path: Path, repository: Pat
         env = {**os.environ, "PYTHON": str(python)}
         return subprocess.run([str(tmp_path / "gpu_check")], env=env, check=False).returncode
 
+    def sites() -> list[str]:
+        return [path.name for path in tmp_path.glob("site*")]
+
     assert run() != 0
-    assert not (tmp_path / "site").exists()
+    assert sites() == ["site-1.part"]
     (tmp_path / "python.works").touch()
-    for _ in range(2):
+    for digest in ("1", "1", "2"):
+        write_about(tmp_path, digest)
         assert run() == 0
-        assert (tmp_path / "site").exists()
-        assert not (tmp_path / "site.part").exists()
+        assert sites() == [f"site-{digest}"]
     calls = (tmp_path / "python.log").read_text().splitlines()
     kinds = ["install" if " install " in call else "run" for call in calls]
-    assert kinds == ["install", "install", "run", "run"]
+    assert kinds == ["install", "install", "run", "run", "install", "run"]
+    assert calls[0].endswith(" normgraph==0.1 apache-tvm-ffi==0.2")
+    (tmp_path / "pack.json").write_text("{}")
+    assert run() != 0
 
 
 @pytest.mark.parametrize("budget", ["0", "-3", "nan"])
