@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 
 import normgraph as ng
 from normgraph.errors import CompileError
-from normgraph.scripts import gpu_check, gpu_pack
+from normgraph.scripts import gpu_check, gpu_pack, gpu_torch
 from normgraph.scripts.gpu_cases import ARCHIVE, cases
+from normgraph.scripts.gpu_jobs import jobs
+from normgraph.scripts.gpu_process import Late
 
 
 def fake_build(size: int) -> Any:
@@ -216,6 +219,53 @@ def test_an_install_that_broke_off_is_done_again(tmp_path: Path, repository: Pat
     assert calls[0].endswith(" normgraph==0.1 apache-tvm-ffi==0.2")
     (tmp_path / "pack.json").write_text("{}")
     assert run() != 0
+
+
+READY = """
+import json, sys
+device = {"name": "H", "arch": "sm_90", "processors": 1, "l2_bytes": 1048576, "driver": "13.0"}
+print(json.dumps({"device": device, "versions": {"torch": "2"}}), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def run_with(
+    tmp_path: Path, driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], int]:
+    """Check with a worker of this code, within so many seconds; the exit code."""
+
+    def run(code: str, budget: str) -> int:
+        monkeypatch.setattr(gpu_torch, "usable", lambda: None)
+        monkeypatch.setattr(gpu_check, "command_of", lambda folder: [sys.executable, "-c", code])
+        arguments = ["gpu_check", "--folder", str(tmp_path), "--out", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", [*arguments, "--budget", budget])
+        return gpu_check.main()
+
+    return run
+
+
+def test_a_budget_in_which_no_worker_starts_is_told(
+    run_with: Callable[[str, str], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_check, "_GRACE_SECONDS", 0.1)
+    assert run_with("import time; time.sleep(600)", "0.1") == 4
+    assert "give --budget more seconds" in capsys.readouterr().err
+
+
+def test_a_budget_that_ends_in_the_limits_leaves_all_jobs(
+    tmp_path: Path, run_with: Callable[[str, str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(worker: Any) -> Any:
+        raise Late
+
+    monkeypatch.setattr(gpu_check, "_limits", late)
+    assert run_with(READY, "500") == 0
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert report["left"] == len(jobs())
+    assert report["done"] == {}
 
 
 @pytest.mark.parametrize("budget", ["0", "-3", "nan"])
