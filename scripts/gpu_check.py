@@ -25,12 +25,14 @@ from normgraph.scripts.console import Progress, log
 from normgraph.scripts.explain import explain
 from normgraph.scripts.gpu_cases import ARCHIVE, cases
 from normgraph.scripts.gpu_jobs import ACCURACY, BEHAVIOUR, COMPILED, TIME, Job, jobs
-from normgraph.scripts.gpu_process import Lost, Worker
+from normgraph.scripts.gpu_process import Late, Lost, Stuck, Worker
 from normgraph.scripts.gpu_results import TABLE, Results
 
 _LIMITS, _LIMITS_SECONDS = "limits", 120.0
-# A job that has begun may take this much more than the budget.
+# What has begun may take this much more than the budget.
 _GRACE_SECONDS = 15.0
+# What a start of the worker usually takes.
+_START_SECONDS = 15.0
 
 
 def main() -> int:
@@ -44,7 +46,7 @@ def main() -> int:
     parser.add_argument("--accuracy", action="store_true", help="do not time anything")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="end by then")
     parser.add_argument("--anew", action="store_true", help="do not go on with earlier results")
-    parser.add_argument("--retry", action="store_true", help="do again what hung or died")
+    parser.add_argument("--retry", action="store_true", help="do again what hung, died or failed")
     options = parser.parse_args()
     chosen = [each for each in cases() if options.only in each.name]
     if not chosen:
@@ -86,19 +88,24 @@ def check(
     if found.problem:
         raise DeviceError(f"gpu_check needs a CUDA device, and {found.problem}.")
     gpu_torch.usable()
-    worker = Worker(command_of(unpacked(options.folder)))
+    command = command_of(unpacked(options.folder))
+    worker = Worker(command, until=until + _GRACE_SECONDS)
     tasks = {ACCURACY, BEHAVIOUR} if options.accuracy else {ACCURACY, BEHAVIOUR, TIME, COMPILED}
     tasks -= {COMPILED} if options.brief else set()
     try:
-        about = {**worker.start(), "pack": _pack_of(options.folder)}
-        results = Results(options.out or Path.cwd(), about, known, anew=options.anew)
+        about = {**_started(worker), "pack": _pack_of(options.folder)}
+        wanted = [job for job in asked if job.task in tasks]
+        results = Results(options.out or Path.cwd(), about, known, wanted, anew=options.anew)
         if options.retry:
-            results.forget_lost()
-        left = [job for job in asked if job.task in tasks and job not in results]
+            results.forget_failed()
+        left = [job for job in wanted if job not in results]
         progress(f"{len(left)} jobs; {len(results)} were done before")
-        if any(job.task in (TIME, COMPILED) for job in left):
-            results.add_limits(_limits(worker))
-        left = work(worker, left, results, until, progress)
+        try:
+            if any(job.task in (TIME, COMPILED) for job in left):
+                results.add_limits(_limits(worker))
+            left = work(worker, left, results, until, progress)
+        except Late:  # in the limits: nothing else was begun
+            pass
     finally:
         worker.stop()
     results.write()
@@ -112,32 +119,48 @@ def work(
     until: float,
     progress: Callable[[str], None],
 ) -> list[Job]:
-    """Do the jobs until that moment (of time.monotonic); those that are left."""
+    """Do the jobs until that moment (of time.monotonic); those that are left.
+
+    Raises DeviceError where the worker cannot be started, or ended; a job it was at counts as lost.
+    """
     for number, job in enumerate(left):
-        remaining = until - time.monotonic()
-        if remaining < job.usual:
+        usual = job.usual + (0.0 if worker.is_running else _START_SECONDS)
+        if until - time.monotonic() < usual:
             return list(left[number:])
         progress(f"{number + 1}/{len(left)} {job.key}")
         spoiler = results.spoiled(job)
         if spoiler is not None:
             results.add(job, {"lost": f"left out, because of {spoiler.key}"})
             continue
-        limit = min(job.limit, remaining + _GRACE_SECONDS)
         try:
-            outcome = worker.ask(job.key, limit)
+            outcome = worker.ask(job.key, job.limit)
+        except Late:
+            return list(left[number:])
         except Lost as error:
-            if limit < job.limit and time.monotonic() > until:
-                return list(left[number:])
             outcome = {"lost": str(error)}
-        if outcome.pop("broken", False):
-            worker.stop()
+        except Stuck as error:  # or the next run would begin with the same
+            results.add(job, {"lost": str(error)})
+            raise
+        broken = outcome.pop("broken", False)
+        if broken:
             told = outcome.get("error") or (outcome.get("numeric") or {}).get("detail")
             told = told or "; ".join(outcome.get("failures", []))
             outcome = {"lost": f"the device refused everything after it: {told}"}
         if "lost" in outcome:
             log(f"LOST: {job.key}: {outcome['lost']}")
         results.add(job, outcome)
+        if broken:
+            worker.stop()
     return []
+
+
+def _started(worker: Worker) -> dict[str, Any]:
+    try:
+        return worker.start()
+    except Late:
+        raise DeviceError(
+            "gpu_check's worker was not ready when the budget ended: give --budget more seconds."
+        ) from None
 
 
 def _limits(worker: Worker) -> dict[str, Any]:
@@ -175,10 +198,19 @@ def _pack_of(folder: Path) -> Any:
 
 
 def unpacked(folder: Path) -> Path:
-    """The artifacts in a folder that was packed, unpacked the first time."""
-    target, part = folder / "artifacts", folder / "artifacts.part"
+    """The artifacts in a folder that was packed, unpacked the first time.
+
+    They carry the pack's digest: a folder may be copied over another. Without a pack.json they are
+    what is there.
+    """
+    about = _pack_of(folder)
+    if about is None:
+        return folder / "artifacts"
+    target = folder / f"artifacts-{about['digest']}"
+    part = target.with_name(f"{target.name}.part")
     if not target.exists():
-        shutil.rmtree(part, ignore_errors=True)
+        for stale in folder.glob("artifacts-*"):
+            shutil.rmtree(stale)
         checked: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         with tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(part, **checked)

@@ -66,7 +66,7 @@ def pack(
     about = {
         "normgraph": __version__,
         "tvm_ffi": version("apache-tvm-ffi"),
-        "archive": hashlib.sha256((out / ARCHIVE).read_bytes()).hexdigest(),
+        "digest": _digest(out),
         "names": list(first),
     }
     (out / "pack.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -78,6 +78,15 @@ def pack(
         )
     progress(f"packed {size / 1e6:.1f} MB")
     return out
+
+
+def _digest(out: Path) -> str:
+    """Of the archive and the wheels: what was unpacked or measured of another pack is not its."""
+    made = hashlib.sha256()
+    for file in (out / ARCHIVE, *sorted((out / "wheels").iterdir())):
+        made.update(f"{file.name} {file.stat().st_size} ".encode())
+        made.update(file.read_bytes())
+    return made.hexdigest()[:16]
 
 
 def _wheels(repository: Path, target: Path) -> None:

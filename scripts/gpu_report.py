@@ -21,35 +21,42 @@ def row(
     case: Case,
     kind: str,
     timed: Mapping[str, Any],
-    compiled: Mapping[str, float],
+    beside: Mapping[str, Any],
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
     """One timed kind.
 
-    timed: us of ours, and of eager and copy where they were measured. compiled: us of torch.compile
-    and of ours beside it, or nothing. limits: copy_bandwidth and launch_us of the same run.
+    timed: what `Bench.time` gave of ours, eager and copies. beside: of ours and torch.compile, or
+    nothing. limits: copy_bandwidth and launch_us of the same run.
 
     short: what is missing to the goal, as a share of the copy bandwidth or in microseconds, up to 0
-    where it is met. ahead: by peer how many times as long it took.
+    where it is met. ahead: by peer how many times as long it took. uncounted: whose times the host
+    may be in; neither holds one of these.
     """
     us, copy_bandwidth = dict(timed["us"]), limits["copy_bandwidth"]
+    compiled = beside.get("us", {})
+    fair, fair_beside = _fair(timed), _fair(beside)
     goal = goal_of(case, kind, copy_bandwidth)
     bandwidth = case.moved(kind) / us["ours"] * 1e6
     floor = case.moved(kind) / copy_bandwidth * 1e6
     share = bandwidth / copy_bandwidth
     short = None
-    if goal.share is not None:
+    if "ours" in fair and goal.share is not None:
         short = goal.share - share
-    elif goal.floor:
+    elif "ours" in fair and goal.floor:
         short = us["ours"] - floor - limits["launch_us"]
     ahead = {}
-    if "eager" in us:
+    if {"eager", "ours"} <= fair:
         ahead["eager"] = us["eager"] / us["ours"]
-    if {"compiled", "ours"} <= compiled.keys():
+    if {"compiled", "ours"} <= fair_beside:
         ahead["compiled"] = compiled["compiled"] / compiled["ours"]
+    uncounted = sorted((us.keys() & {"ours", "eager"}) - fair)
+    if {"compiled", "ours"} <= compiled.keys():
+        if "compiled" not in ahead:
+            uncounted.append("compiled")
         us |= {"compiled": compiled["compiled"], "ours beside compiled": compiled["ours"]}
     published = dict(case.published).get(kind)
-    if published is not None:
+    if published is not None and "ours" in fair:
         ahead["published"] = published / us["ours"]
     return {
         "operator": case.spec.op,
@@ -67,7 +74,13 @@ def row(
         "met": None if short is None else short <= 0,
         "short": short,
         "ahead": ahead,
+        "uncounted": uncounted,
     }
+
+
+def _fair(timed: Mapping[str, Any]) -> set[str]:
+    """Who was timed in a CUDA graph that the device did not wait for."""
+    return set(timed.get("us", ())) & set(timed.get("captured", ())) - set(timed.get("starved", ()))
 
 
 def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -119,7 +132,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += ["", "## Goals", "", *_goals(report["goals"])]
         lines += ["", "## Times", "", *_measure(report["limits"]), "", *_table(report["rows"])]
     if report["failures"]:
-        lines += ["", "## Not measured", "", *(f"- {text}" for text in report["failures"])]
+        lines += [
+            "",
+            "## Not measured, or not counted",
+            "",
+            *(f"- {text}" for text in report["failures"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +166,8 @@ def _measure(limits: Sequence[Mapping[str, Any]]) -> list[str]:
         "Times are medians between device events, of calls captured in a CUDA graph that take "
         "turns on arrays of more than the L2 cache together; ours, a peer and copies are timed in "
         "turns too. TB/s counts each array once: x and y, or x, dy and dx. Outputs of ours are "
-        "given; PyTorch's are fresh, from its pool.",
+        "given; PyTorch's are fresh, from its pool. A time with a * was launched call by call, or "
+        "the device waited for its launches: the host's time may be in it, and no goal counts it.",
     ]
 
 
@@ -160,13 +179,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "×".join(map(str, each["shape"])),
             each["dtype"],
             each["kind"],
-            _number(each["us"]["ours"]),
+            _time(each, "ours"),
             f"{each['bandwidth'] / 1e12:.2f}",
             f"{each['share_of_copy']:.1%}",
             each["goal"],
             _met(each),
-            _number(each["us"].get("eager")),
-            _number(each["us"].get("compiled")),
+            _time(each, "eager"),
+            _time(each, "compiled"),
             _number(each["published_us"]),
             _ahead(each["ahead"]),
         )
@@ -196,6 +215,11 @@ def _ahead(ahead: Mapping[str, float]) -> str:
     if not ahead:
         return ""
     return f"no: {', '.join(behind)}" if behind else f"yes, {min(ahead.values()):.2f}×"
+
+
+def _time(each: Mapping[str, Any], name: str) -> str:
+    mark = "*" if name in each["uncounted"] else ""
+    return _number(each["us"].get(name)) + mark
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,22 +14,31 @@ from normgraph.scripts.gpu_jobs import COMPILED, TIME, Job
 from normgraph.scripts.gpu_report import goals, markdown, row
 
 JSON, TABLE = "gpu-check.json", "gpu-check.md"
-_OLD = "gpu-check-old.json"
+# By task, who is timed beside ours.
+_PEERS = {TIME: "eager", COMPILED: "compiled"}
 
 
 class Results:
     """Outcomes by the jobs' keys, in a folder's gpu-check.json and gpu-check.md.
 
     about: the device, the versions and the pack. What is there is gone on with where it is of the
-    same, else it is kept as gpu-check-old.json. known: all jobs, in the order of the report.
+    same, else it is kept as the first free one of gpu-check-old-1.json, -2 and so on. known: all
+    jobs, in the order of the report; asked: those this run is to do, all by default.
     """
 
     def __init__(
-        self, folder: Path, about: Mapping[str, Any], known: Sequence[Job], *, anew: bool = False
+        self,
+        folder: Path,
+        about: Mapping[str, Any],
+        known: Sequence[Job],
+        asked: Sequence[Job] | None = None,
+        *,
+        anew: bool = False,
     ) -> None:
         self._folder = folder
         self._about = dict(about)
         self._known = list(known)
+        self._asked = list(known if asked is None else asked)
         self._limits: list[dict[str, Any]] = []
         self._done: dict[str, dict[str, Any]] = {}
         file = folder / JSON
@@ -37,8 +47,9 @@ class Results:
             return
         found = _read(file)
         if anew or any(found.get(name) != value for name, value in self._about.items()):
-            log(f"{file} is of another pack, device or version, or not wanted: kept as {_OLD}")
-            file.replace(folder / _OLD)
+            old = _free(folder)
+            log(f"{file} is of another pack, device or version, or not wanted: kept as {old.name}")
+            file.replace(old)
             return
         self._limits, self._done = found["limits"], found["done"]
 
@@ -60,9 +71,11 @@ class Results:
         self._done[job.key] = made
         self.write()
 
-    def forget_lost(self) -> None:
-        """Have the jobs that gave no answer done again."""
-        self._done = {key: made for key, made in self._done.items() if "lost" not in made}
+    def forget_failed(self) -> None:
+        """Have done again what gave no answer or an error, ran out of memory, or was not timed."""
+        for job in self._known:
+            if job in self and _failed(job, self._done[job.key]):
+                del self._done[job.key]
 
     def spoiled(self, job: Job) -> Job | None:
         """A job that was lost in a kernel this one calls."""
@@ -88,13 +101,13 @@ class Results:
             elif outcome.get("numeric"):
                 numeric.append(outcome["numeric"])
             if job.task == TIME and outcome.get("us"):
-                beside = self._done.get(Job(COMPILED, *_rest(job)).key, {}).get("us", {})
+                beside = self._done.get(Job(COMPILED, *_rest(job)).key, {})
                 limits = self._limits[outcome["limits"]]
                 rows.append(row(job.case, job.about, outcome, beside, limits))
         return {
             **self._about,
             "limits": self._limits,
-            "left": sum(job not in self for job in self._known),
+            "left": sum(job not in self for job in self._asked),
             "numeric": numeric,
             "goals": goals(rows),
             "rows": rows,
@@ -107,6 +120,20 @@ class Results:
         made = self.report()
         _replace(self._folder / JSON, json.dumps(made, indent=1) + "\n")
         _replace(self._folder / TABLE, markdown(made))
+
+
+def _failed(job: Job, made: Mapping[str, Any]) -> bool:
+    if "lost" in made or "error" in made:
+        return True
+    if job.task in _PEERS:
+        us = made.get("us", {})
+        return not {"ours", _PEERS[job.task]} <= us.keys() or bool(made.get("starved"))
+    return "out of memory" in ((made.get("numeric") or {}).get("detail") or "").lower()
+
+
+def _free(folder: Path) -> Path:
+    names = (folder / f"gpu-check-old-{number}.json" for number in itertools.count(1))
+    return next(each for each in names if not each.exists())
 
 
 def _rest(job: Job) -> tuple[Any, ...]:

@@ -92,7 +92,7 @@ class Bench:
             text = ", ".join(f"{name} {share:.2g}" for name, share in detail.items())
         except (NormGraphError, RuntimeError) as error:
             if "Expected more than 1" in str(error):
-                return None  # one value has no variance, and both refuse it
+                return None  # one value has no variance: PyTorch has no answer
             passed, text = False, f"{type(error).__name__}: {error}"
         return {"what": what, "passed": passed, "detail": text}
 
@@ -130,7 +130,8 @@ class Bench:
         """Ours, a peer ("eager" or "compiled") and copies of as many bytes, in turns.
 
         us: the median microseconds of those that could be measured; failures: why the others could
-        not, and which were not captured.
+        not, and whose time counts for no goal. captured: who ran in a CUDA graph; starved: for
+        whose launches the device waited.
         """
         torch = self.torch
         moved = case.moved(kind)
@@ -149,18 +150,30 @@ class Bench:
             try:
                 made[name] = gpu_timing.prepare(torch, make(), moved)
                 if not made[name].captured:
-                    failures.append(f"{what} in a graph: it cannot be captured; timed without one")
+                    failures.append(f"{what}: it cannot be captured in a graph; does not count")
             except Exception as error:  # a peer may fail in any way, and the others still count
                 failures.append(f"{what}: {type(error).__name__}: {str(error)[:200]}")
         if "ours" not in made:
             return {"us": {}, "failures": failures}
+        captured = [name for name, each in made.items() if each.captured]
         made |= gpu_timing.copies(torch, moved // 2, self._cache, self.device)
         taken = gpu_timing.contest(torch, made)
+        starved = [name for name in makers if name in taken and taken[name].starved]
+        failures += [
+            f"{name} {case.title} {kind}: the device waited for its launches; does not count"
+            for name in starved
+        ]
         us = {name: round(timing.median * 1e6, 3) for name, timing in taken.items()}
         us["copy"] = min(us["copy"], us.pop("copy by a kernel"))
         ours = taken["ours"]
         spread = [round(ours.low * 1e6, 3), round(ours.high * 1e6, 3)]
-        return {"us": us, "spread_us": spread, "failures": failures}
+        return {
+            "us": us,
+            "spread_us": spread,
+            "captured": captured,
+            "starved": starved,
+            "failures": failures,
+        }
 
     def _into_outputs(self, case: Case, kind: str, inputs: Tensors) -> Callable[[], object]:
         run, given = self.call(case, kind, inputs)

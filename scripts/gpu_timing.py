@@ -12,6 +12,8 @@ from typing import Any
 # The arrays of a rotation take this many times the L2 cache together, so that none is found in it.
 _CACHES = 4
 _MOST_SETS, _MOST_CALLS = 64, 1000
+# Launched one by one: a stream takes in about 1000 kernels before the host has to wait for it.
+_MOST_LAUNCHED = 200
 # What a round takes at least, beside which an event and the first launch are nothing; no kernel
 # is faster than these bytes a second and this launch.
 _ROUND_SECONDS = 4e-3
@@ -19,18 +21,23 @@ _FASTEST_BYTES, _FASTEST_LAUNCH = 5e12, 1.5e-6
 # An idle GPU runs at a fifth of its clock: all contestants run for so long before any is timed.
 _WARM_SECONDS = 0.25
 _ROUNDS = 25
-# Cycles the device waits in front of a round, about 1 ms: by then the host has launched it all.
-_AHEAD = 2_000_000
+# Cycles the device waits in front of a round, about 1 ms, so that the host has launched it all by
+# then; as often twice as many as it takes, up to about 64 ms.
+_AHEAD, _MOST_AHEAD = 2_000_000, 128_000_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median of `rounds`, and what 20 and 80 % of them took at most."""
+    """Seconds a call: the median of `rounds`, and what 20 and 80 % of them took at most.
+
+    starved: in most rounds the device waited for the host, whose time is in it.
+    """
 
     median: float
     low: float
     high: float
     rounds: int
+    starved: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,14 @@ def sets_for(nbytes: int, cache: int) -> int:
     return max(2, min(_MOST_SETS, math.ceil(_CACHES * cache / max(nbytes, 1))))
 
 
-def repeats_for(nbytes: int, sets: int) -> int:
-    """How often a round goes through the sets, where a call moves so many bytes."""
+def repeats_for(nbytes: int, sets: int, most: int | None = None) -> int:
+    """How often a round of at most so many calls goes through the sets.
+
+    nbytes: what a call moves. Each set is used once at least.
+    """
     least = nbytes / _FASTEST_BYTES + _FASTEST_LAUNCH
-    return math.ceil(min(_ROUND_SECONDS / least, _MOST_CALLS) / sets)
+    calls = min(_ROUND_SECONDS / least, _MOST_CALLS if most is None else most)
+    return math.ceil(calls / sets)
 
 
 def prepare(
@@ -68,6 +79,8 @@ def prepare(
         call()
     torch.cuda.synchronize()
     made = _replay(torch, calls, repeats) if graph else None
+    if made is None:
+        repeats = repeats_for(nbytes, len(calls), min(_MOST_LAUNCHED, _MOST_CALLS))
 
     def launch() -> None:
         for _ in range(repeats):
@@ -100,7 +113,11 @@ def _replay(
 def contest(
     torch: Any, contestants: Mapping[str, Prepared], *, rounds: int = _ROUNDS
 ) -> dict[str, Timing]:
-    """Time all of them in turns, each round in another order, on a GPU that is warm."""
+    """Time all of them in turns, on a GPU that is warm.
+
+    Each round begins with another, and every other one goes backwards: none always follows the
+    same.
+    """
     names = list(contestants)
     until = time.monotonic() + _WARM_SECONDS
     while True:
@@ -109,33 +126,53 @@ def contest(
         torch.cuda.synchronize()
         if time.monotonic() >= until:
             break
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[_Round]] = {name: [] for name in names}
+    ahead = dict.fromkeys(names, _AHEAD)
     for number in range(rounds):
         first = number % len(names)
-        for name in (*names[first:], *names[:first]):
-            taken[name].append(_round(torch, contestants[name]))
+        order = (*names[first:], *names[:first])
+        for name in reversed(order) if number % 2 else order:
+            made = _round(torch, contestants[name], ahead[name])
+            while made.starved and ahead[name] < _MOST_AHEAD:
+                ahead[name] *= 2
+                made = _round(torch, contestants[name], ahead[name])
+            taken[name].append(made)
     return {name: _timing(values) for name, values in taken.items()}
 
 
-def _round(torch: Any, contestant: Prepared) -> float:
-    """Seconds a call of one round. The events stand on the device's own line, after a wait."""
+@dataclass(frozen=True)
+class _Round:
+    """Seconds a call; starved: the device was done waiting before the host had launched it all."""
+
+    seconds: float
+    starved: bool
+
+
+def _round(torch: Any, contestant: Prepared, ahead: int) -> _Round:
+    """One round. The events stand on the device's own line, after a wait of so many cycles."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream()
-    torch.cuda._sleep(_AHEAD)
+    torch.cuda._sleep(ahead)
     start.record(stream)
     contestant.run()
+    starved = bool(start.query())
     end.record(stream)
     end.synchronize()
-    return float(start.elapsed_time(end)) * 1e-3 / contestant.calls
+    return _Round(float(start.elapsed_time(end)) * 1e-3 / contestant.calls, starved)
 
 
-def _timing(values: Sequence[float]) -> Timing:
-    ordered, last = sorted(values), len(values) - 1
+def _timing(rounds: Sequence[_Round]) -> Timing:
+    """Of the rounds that were not starved, or of all where those are the fewer."""
+    fed = [each.seconds for each in rounds if not each.starved]
+    starved = 2 * len(fed) < len(rounds)
+    ordered = sorted([each.seconds for each in rounds] if starved else fed)
+    last = len(ordered) - 1
     return Timing(
         statistics.median(ordered),
         ordered[round(0.2 * last)],
         ordered[round(0.8 * last)],
         len(ordered),
+        starved,
     )
 
 

@@ -153,7 +153,8 @@ def worst(name: str, dtype: str, got: Any, want: Any, inputs: Tensors) -> float:
 def compiled(torch: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     """The operator by torch.compile, from nothing."""
     config: Any = importlib.import_module("torch._functorch.config")
-    config.donated_buffer = False  # so that a backward may run twice
+    if hasattr(config, "donated_buffer"):  # of torch 2.5; it would let a backward run only once
+        config.donated_buffer = False
     torch.compiler.reset()
     made: Callable[..., Any] = torch.compile(forward, dynamic=False)
     return made

@@ -41,7 +41,9 @@ def main() -> int:
     with torch.cuda.stream(torch.cuda.Stream()):
         answer = _line_writer(answers)
         answer(bench.about(cuda.state()))
-        serve(bench, {job.key: job for job in jobs()}, sys.stdin, answer)
+        # Keys hold "×", whatever the locale's encoding.
+        with open(0, encoding="utf-8", closefd=False) as requests:
+            serve(bench, {job.key: job for job in jobs()}, requests, answer)
     answers.flush()
     os._exit(0)  # nothing is to be taken apart on a device that may be broken
 

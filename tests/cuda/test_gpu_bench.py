@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def test_the_checks_run_on_kernels_for_the_cpu(
 
 
 def test_what_is_not_defined_is_no_result(folder: Path) -> None:
-    """A forward of one value a channel is refused, and no backward comes without its statistics."""
+    """PyTorch has no forward of one value a channel, so no backward is held to it either."""
     bench = Bench(pytest.importorskip("torch"), folder, 0, "cpu")
     made = {kind: bench.numeric(CASE, (1, 6, 1, 1), kind) for kind in KINDS}
     assert made.pop("inference") is not None
@@ -162,6 +162,35 @@ def test_ours_a_peer_and_copies_are_timed(kind: str, peer: str, host_bench: Any)
     assert set(made["us"]) == {"ours", peer, "copy"}
     assert all(value > 0 for value in made["us"].values())
     assert made["failures"] == []
+    assert made["captured"] == ["ours", peer]
+    assert made["starved"] == []
+
+
+def test_a_time_with_the_host_in_it_is_told(
+    host_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_timing, "_replay", lambda *_: None)
+    monkeypatch.setattr(host_bench.torch.cuda.Event, "query", lambda event: True)
+    made = host_bench.time(CASE, "forward", "eager")
+    assert made["captured"] == []
+    assert made["starved"] == ["ours", "eager"]
+    assert [text.partition(": ")[2] for text in made["failures"]] == [
+        *["it cannot be captured in a graph; does not count"] * 2,
+        *["the device waited for its launches; does not count"] * 2,
+    ]
+
+
+def test_a_torch_without_donated_buffers_compiles(
+    host_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 2.4, whose settings refuse a name they do not know."""
+
+    class Settings:
+        __slots__ = ()
+
+    old = SimpleNamespace(import_module=lambda name: Settings())
+    monkeypatch.setattr(gpu_torch, "importlib", old)
+    assert gpu_torch.compiled(host_bench.torch, len) is len
 
 
 def test_a_peer_that_fails_costs_itself_alone(
@@ -190,139 +219,3 @@ def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.nn.functional, "rms_norm")
     with pytest.raises(ToolMissing, match=r"needs torch 2\.4 or later.*rms_norm.*Set PYTHON"):
         gpu_torch.usable()
-
-
-class Clock:
-    """A device whose time only its kernels take, launched by a host that takes its own."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.log: list[str] = []
-        self.graph: list[tuple[str, float]] | None = None
-
-    def kernel(self, name: str, seconds: float) -> Callable[[], None]:
-        def call() -> None:
-            if self.graph is not None:
-                self.graph.append((name, seconds))
-                return
-            self.now += seconds + 20e-6
-            self.log.append(name)
-
-        return call
-
-    def refused(self) -> None:
-        if self.graph is not None:
-            raise RuntimeError("not while a graph is captured")
-        self.now += 20e-6
-
-    @property
-    def torch(self) -> Any:
-        clock = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                self.at = 0.0
-
-            def record(self, stream: object) -> None:
-                clock.log.append("event")
-                self.at = clock.now
-
-            def synchronize(self) -> None:
-                clock.log.append("wait")
-
-            def elapsed_time(self, end: Event) -> float:
-                return (end.at - self.at) * 1e3
-
-        class Graph:
-            def __init__(self) -> None:
-                self.held: list[tuple[str, float]] = []
-
-            def replay(self) -> None:
-                clock.now += sum(seconds for _, seconds in self.held)
-                clock.log.append("+".join(dict.fromkeys(name for name, _ in self.held)))
-                clock.log.append(f"{len(self.held)} calls")
-
-        class Capture:
-            def __init__(self, graph: Graph, stream: object) -> None:
-                self.into = graph
-
-            def __enter__(self) -> None:
-                clock.graph = self.into.held
-
-            def __exit__(self, *_: object) -> None:
-                clock.graph = None
-
-        class Torch:
-            class cuda:
-                pass
-
-        cuda: Any = Torch.cuda
-        cuda.Event, cuda.CUDAGraph, cuda.graph = Event, Graph, Capture
-        cuda.current_stream = cuda.synchronize = staticmethod(lambda: None)
-        cuda._sleep = staticmethod(lambda cycles: clock.log.append("sleep"))
-        return Torch
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """One, which the host's monotonic clock is too."""
-    made = Clock()
-    monkeypatch.setattr("time.monotonic", lambda: made.now)
-    return made
-
-
-def test_a_launch_is_not_timed_and_the_device_is_warm(clock: Clock) -> None:
-    torch = clock.torch
-    calls = [clock.kernel("a", 3e-6), clock.kernel("b", 5e-6)]
-    made = gpu_timing.prepare(torch, calls, 10**6)
-    assert made.captured
-    assert made.calls * 4e-6 > 2e-3
-    assert clock.log == ["a", "a", "b", "b"]
-    clock.log.clear()
-    start = clock.now
-    timing = gpu_timing.contest(torch, {"ours": made})["ours"]
-    assert timing.median == pytest.approx(4e-6)
-    assert timing.rounds == 25
-    replay = ["a+b", f"{made.calls} calls"]
-    first = clock.log.index("sleep")
-    assert clock.log[:first] == replay * (first // 2)
-    assert first // 2 * made.calls * 4e-6 >= 0.25
-    assert clock.log[first:] == ["sleep", "event", *replay, "event", "wait"] * 25
-    assert clock.now > start
-
-
-def test_contestants_take_turns_in_changing_orders(clock: Clock) -> None:
-    torch = clock.torch
-    names = ("x", "y", "z")
-    made = {n: gpu_timing.prepare(torch, [clock.kernel(n, 1e-3)], 10**9) for n in names}
-    clock.log.clear()
-    taken = gpu_timing.contest(torch, made, rounds=3)
-    assert [timing.median for timing in taken.values()] == pytest.approx([1e-3] * 3)
-    timed = [name for name in clock.log[clock.log.index("sleep") :] if name in names]
-    assert timed == ["x", "y", "z", "y", "z", "x", "z", "x", "y"]
-
-
-def test_what_cannot_be_captured_is_launched_and_says_so(clock: Clock) -> None:
-    made = gpu_timing.prepare(clock.torch, [clock.refused], 10**9)
-    assert not made.captured
-    before = clock.now
-    made.run()
-    assert clock.now == pytest.approx(before + made.calls * 20e-6)
-    eager = partial(gpu_timing.prepare, clock.torch, [clock.kernel("a", 1e-3)], 10**9)
-    assert eager().captured
-    assert not eager(graph=False).captured
-
-
-def test_a_rotation_is_larger_than_the_cache() -> None:
-    for nbytes in (1, 10**5, 10**8, 10**10):
-        sets = gpu_timing.sets_for(nbytes, 60 * 2**20)
-        assert 2 <= sets <= 64
-        assert sets == 64 or sets * nbytes >= 4 * 60 * 2**20
-
-
-@pytest.mark.parametrize(("nbytes", "sets"), [(0, 64), (10**7, 24), (10**8, 3), (10**10, 2)])
-def test_a_round_is_long_and_holds_every_set(nbytes: int, sets: int) -> None:
-    repeats = gpu_timing.repeats_for(nbytes, sets)
-    assert repeats >= 1
-    assert sets * repeats >= 1000 or sets * repeats * nbytes >= 4e12 * 4e-3 * 0.8
-    assert sets * repeats <= 1000 + sets

@@ -128,7 +128,8 @@ def test_a_lost_job_spoils_its_own_kernel_alone() -> None:
 
 
 def timed(ours: float, **others: float) -> dict[str, Any]:
-    return {"us": {"ours": ours, **others}}
+    us = {"ours": ours, **others}
+    return {"us": us, "captured": list(us), "starved": []}
 
 
 def test_the_report_says_what_was_met_and_by_how_much_not() -> None:
@@ -140,7 +141,7 @@ def test_the_report_says_what_was_met_and_by_how_much_not() -> None:
     rows = [
         gpu_report.row(case, "forward", timed(fast, eager=2 * fast, copy=fast), {}, LIMITS),
         gpu_report.row(case, "backward", timed(2 * least, eager=3 * least),
-                       {"ours": 2 * least, "compiled": 1.6 * least}, LIMITS),
+                       timed(2 * least, compiled=1.6 * least), LIMITS),
         gpu_report.row(small, "forward", timed(floor + 2.0), {}, LIMITS),
         gpu_report.row(small, "inference", timed(floor + 3.25), {}, LIMITS),
     ]  # fmt: skip
@@ -176,5 +177,27 @@ def test_the_report_says_what_was_met_and_by_how_much_not() -> None:
     assert "| 95.0% | 92% of copy | yes |" in text
     assert "| no, by 15.0 points |" in text
     assert "| no: compiled 0.80× |" in text
-    assert "## Not measured\n\n- compiled: no" in text
+    assert "## Not measured, or not counted\n\n- compiled: no" in text
+    assert all(each["uncounted"] == [] for each in rows)
     json.dumps(report)
+
+
+def test_times_with_the_host_in_them_count_for_no_goal() -> None:
+    case = Case(ng.NormSpec("instance_norm"), (64, 256, 56, 56), "float32", (("forward", 99.0),))
+
+    def row(timed: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+        return gpu_report.row(case, "forward", timed, beside, LIMITS)
+
+    both, beside = timed(10.0, eager=20.0), timed(11.0, compiled=22.0)
+    assert set(row(both, beside)["ahead"]) == {"eager", "compiled", "published"}
+    peers = row({**both, "captured": ["ours"]}, {**beside, "starved": ["compiled"]})
+    assert peers["met"]
+    assert set(peers["ahead"]) == {"published"}
+    assert peers["uncounted"] == ["eager", "compiled"]
+    assert gpu_report._table([peers])[-1].count("| 20.00* | 22.00* |") == 1
+    ours = row({**both, "starved": ["ours"]}, {**beside, "captured": ["compiled"]})
+    assert ours["met"] is None
+    assert ours["ahead"] == {}
+    assert ours["uncounted"] == ["ours", "compiled"]
+    assert "| 10.00* |" in gpu_report._table([ours])[-1]
+    assert gpu_report.goals([ours]) == []

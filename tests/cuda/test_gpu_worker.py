@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from normgraph.errors import DeviceError
 from normgraph.scripts import gpu_check, gpu_jobs, gpu_torch, gpu_worker
 from normgraph.scripts.gpu_cases import KINDS, Case, cases
 from normgraph.scripts.gpu_jobs import ACCURACY, BEHAVIOUR, COMPILED, TIME, Job
-from normgraph.scripts.gpu_process import Lost, Worker
+from normgraph.scripts.gpu_process import Late, Lost, Stuck, Worker
 from normgraph.scripts.gpu_results import Results
 
 # Answers as it is told to by its first argument, {request: answer}; others it gives back.
@@ -54,7 +56,7 @@ def passed(what: str) -> dict[str, Any]:
 
 def took(microseconds: float) -> dict[str, Any]:
     us = {"ours": microseconds, "eager": 2 * microseconds, "copy": microseconds}
-    return {"us": us, "failures": [], "broken": False}
+    return {"us": us, "captured": list(us), "starved": [], "failures": [], "broken": False}
 
 
 def test_a_worker_that_hangs_is_killed_and_started_again() -> None:
@@ -83,6 +85,55 @@ def test_a_worker_that_does_not_start_is_told() -> None:
         worker = Worker([sys.executable, "-c", code], limit)
         with pytest.raises(DeviceError, match=f"did not start: .*{why}"):
             worker.ask("a", 30)
+
+
+def test_neither_a_start_nor_an_answer_takes_longer_than_all_may() -> None:
+    worker = worker_of({"h": "hang"})
+    worker.start()
+    worker._until = time.monotonic() + 0.2
+    with pytest.raises(Late):
+        worker.ask("h", 60)
+    assert not worker.is_running
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(Late):
+        Worker(sleeping, until=time.monotonic() + 0.1).ask("a", 60)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are killed do not seem to end."""
+    wait = subprocess.Popen.wait
+
+    def hang(process: Any, timeout: float | None = None) -> int:
+        wait(process)
+        raise subprocess.TimeoutExpired("worker", timeout or 0.0)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", hang)
+
+
+def test_a_job_whose_process_cannot_be_ended_is_lost(
+    tmp_path: Path, stuck: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu_jobs._LIMITS, ACCURACY, 0.2)
+    for what, job in zip(
+        ("hang", {"error": "illegal address", "broken": True}),
+        [Job(ACCURACY, ONE, ONE.shape, kind) for kind in ("forward", "inference")],
+        strict=True,
+    ):
+        results = results_in(tmp_path)
+        with pytest.raises(Stuck, match="did not end within 60 s of being killed"):
+            work({job.key: what}, [job], results)
+        assert "lost" in json.loads((tmp_path / "gpu-check.json").read_text())["done"][job.key]
+
+
+def test_a_start_that_cannot_be_ended_is_not_of_a_job(tmp_path: Path, stuck: None) -> None:
+    job = Job(ACCURACY, ONE, ONE.shape, "forward")
+    results = results_in(tmp_path)
+    worker = Worker([sys.executable, "-c", "import time; time.sleep(600)"], 0.2)
+    with pytest.raises(DeviceError, match=r"did not start: process .* did not end") as found:
+        gpu_check.work(worker, [job], results, math.inf, lambda line: None)
+    assert not isinstance(found.value, Stuck)
+    assert job not in results
 
 
 class Bench:
@@ -129,8 +180,10 @@ def work(
     """What is left, and what was said."""
     said: list[str] = []
     worker = worker_of(told)
+    worker.start()
+    until = time.monotonic() + budget
+    worker._until = until + gpu_check._GRACE_SECONDS
     try:
-        until = time.monotonic() + budget
         return gpu_check.work(worker, listed, results, until, said.append), said
     finally:
         worker.stop()
@@ -173,18 +226,43 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     work(told, listed[:2], results_in(tmp_path))
     again = results_in(tmp_path)
     assert [job in again for job in listed] == [True, True, False]
-    again.forget_lost()
+    again.forget_failed()
     assert [job in again for job in listed] == [True, False, False]
-    for other in (results_in(tmp_path, pack={"archive": "b"}), results_in(tmp_path)):
-        assert listed[0] not in other
-    assert json.loads((tmp_path / "gpu-check-old.json").read_text())["left"] > 0
+    assert listed[0] not in results_in(tmp_path, pack={"digest": "b"})
+    assert json.loads((tmp_path / "gpu-check-old-1.json").read_text())["left"] > 0
+
+
+def test_a_retry_has_all_done_again_that_failed(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    wrong = {"what": "a", "passed": False, "detail": "dx 3"}
+    memory = {**wrong, "detail": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
+    whole, ours_alone = took(9.0), {**took(9.0), "us": {"ours": 9.0, "copy": 9.0}}
+    outcomes: list[tuple[str, Any, bool]] = [
+        (ACCURACY, passed("a"), True),
+        (ACCURACY, {"numeric": None}, True),
+        (ACCURACY, {"numeric": wrong}, True),
+        (ACCURACY, {"numeric": memory}, False),
+        (ACCURACY, {"error": "KeyError: 'a'"}, False),
+        (TIME, whole, True),
+        (TIME, {"us": {}, "failures": ["ours: RuntimeError"]}, False),
+        (TIME, ours_alone, False),
+        (TIME, {**whole, "starved": ["eager"]}, False),
+        (COMPILED, whole, False),
+        (COMPILED, {**whole, "us": {"ours": 9.0, "compiled": 8.0}}, True),
+    ]
+    listed = {task: [j for j in gpu_jobs.jobs() if j.task == task] for task, *_ in outcomes}
+    done = [(listed[task].pop(), made, kept) for task, made, kept in outcomes]
+    for job, made, _ in done:
+        results.add(job, made)
+    results.forget_failed()
+    assert [job in results for job, *_ in done] == [kept for *_, kept in done]
 
 
 def test_results_that_cannot_be_read_are_put_aside(tmp_path: Path) -> None:
-    for text in ("{", "[]", '{"done": {}}'):
+    for number, text in enumerate(("{", "[]", '{"done": {}}'), 1):
         (tmp_path / "gpu-check.json").write_text(text)
         assert len(results_in(tmp_path)) == 0
-        assert (tmp_path / "gpu-check-old.json").read_text() == text
+        assert (tmp_path / f"gpu-check-old-{number}.json").read_text() == text
         assert not (tmp_path / "gpu-check.json").exists()
 
 
@@ -203,13 +281,18 @@ def test_a_budget_ends_it_and_nothing_half_done_counts(
     left, said = work(told, listed[1:], results, budget=1.0)
     assert left == listed[1:]
     assert said == []
+    not_started = worker_of(told)
+    until = time.monotonic() + 10.0
+    assert gpu_check.work(not_started, listed[:1], results, until, said.append) == listed[:1]
+    assert not not_started.is_running
 
 
 def test_compiled_is_held_against_ours_beside_it(tmp_path: Path) -> None:
     results = results_in(tmp_path)
     job = Job(TIME, ONE, ONE.shape, "forward")
     results.add(job, took(100.0))
-    beside = {"us": {"ours": 110.0, "compiled": 99.0, "copy": 90.0}, "failures": []}
+    us = {"ours": 110.0, "compiled": 99.0, "copy": 90.0}
+    beside = {"us": us, "captured": list(us), "failures": []}
     results.add(Job(COMPILED, ONE, ONE.shape, "forward"), beside)
     (row,) = results.report()["rows"]
     assert row["ahead"]["compiled"] == pytest.approx(0.9)
@@ -254,6 +337,7 @@ def test_all_jobs_of_a_case_from_the_command_to_the_table(
     built = build_artifact(case.spec, case.declared, "float32", KINDS)
     (tmp_path / "artifacts" / case.name).symlink_to(built)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")  # the names of jobs hold "×"
     command = [sys.executable, "-c", ON_HOST, "--folder", str(tmp_path / "artifacts")]
     monkeypatch.setattr(gpu_check, "command_of", lambda folder: command)
     monkeypatch.setattr(gpu_torch, "usable", lambda: None)
@@ -265,6 +349,8 @@ def test_all_jobs_of_a_case_from_the_command_to_the_table(
     assert gpu_check.main() == 1
     report = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
     assert report["rows"] == []
+    assert report["left"] == 0
+    assert "Not finished" not in (tmp_path / "out" / "gpu-check.md").read_text()
     monkeypatch.setattr("sys.argv", [*arguments, "--budget", "500"])
     assert gpu_check.main() == 1
     said = capsys.readouterr().err

@@ -25,6 +25,10 @@ class Event:
     def synchronize(self) -> None:
         """Nothing runs later."""
 
+    def query(self) -> bool:
+        """As if the device still waited in front of the round."""
+        return False
+
     def elapsed_time(self, end: Event) -> float:
         return (end._at - self._at) * 1e3 + 1e-6
 
