@@ -47,11 +47,11 @@ Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction
 silently drops a nest that stands between them, and tails need predicates that block vectorising.
 The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
 E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next row
-(in memory 3 % either way, in cache 13 to 35 % slower), the second pass backwards, the second pass
-of a row in one loop with the first of the next, larger blocks (in cache a quarter slower, for the
-second reading then comes from L2). Larger blocks in memory: reading and writing take turns there,
-and the longer each turn the slower: instance norm of 64x256x14x14 takes 1.7 times as long in blocks
-of 12 KB as in blocks of 4.
+(in memory 3 % either way, on AVX2 nothing; in cache 13 to 35 % slower), the second pass backwards,
+the second pass of a row in one loop with the first of the next, larger blocks (in cache a quarter
+slower, for the second reading then comes from L2). Larger blocks in memory: reading and writing
+take turns there, and the longer each turn the slower: instance norm of 64x256x14x14 takes 1.7 times
+as long in blocks of 12 KB as in blocks of 4.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class _Emitter:
         small = tirx.LE(elements, i64(self.knobs.serial))
         stay = tirx.call_extern("int32", STAY_ON_THREAD, tirx.Cast("int32", small))
         opening.append(tirx.Evaluate(stay))
-        # Once a call: after each row it would wait for the memory, a tenth of the time. What other
-        # threads streamed was ordered by the pool.
+        # Once a call: after each row it would wait for the memory, up to a tenth of the time. What
+        # other threads streamed was ordered by the pool.
         ordered = when(self.large, self.streaming.fence())
         body = [*opening, self._all_slices(), ordered, Finish(self.frame, self._lanes()).emit()]
         return self.frame.close(self.streaming.wrap(seq(body)))
