@@ -180,10 +180,6 @@ class Frame:
             grown = tirx.Select(new, grown, old)
         return tirx.BufferStore(buffer, grown, [at])
 
-    def request_store(self, tensor: Tensor, value: Expr, at: Expr) -> Stmt:
-        """Store or add to a small output as asked."""
-        return self.on_request(tensor, lambda add: self.put(tensor, value, at, add))
-
     def on_request(self, tensor: Tensor, code: Callable[[bool], Stmt]) -> Stmt:
         """code(False) where a small output is to be written, code(True) where added to.
 
