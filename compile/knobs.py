@@ -26,7 +26,7 @@ class Knobs:
     short_row_vector            bytes of the vectors for rows of a block: they lie anywhere, so each
                                 of 64 bytes would cross a cache line
     exact_row                   rows of a block that are shorter than this, of open extents, have
-                                code for each of some ranges of lengths
+                                code for each of some ranges of lengths (`row_lengths`)
     short_row, short_row_share  a channel's rows of up to so many elements are read in columns,
                                 where their square is at most so many times the number of rows
     columns, column_channels    of a block that is read in columns; one channel where its rows are
@@ -52,7 +52,7 @@ class Knobs:
     slices_of_two: int = 32
     channels: int = 64
     short_row_vector: int = 32
-    exact_row: int = 64
+    exact_row: int = 128
     short_row: int = 2048
     short_row_share: int = 160
     columns: int = 2048

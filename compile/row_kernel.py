@@ -5,8 +5,8 @@ whole vector is done by one more vector that ends with the row and overlaps the 
 that were done already count as zero in a sum, and are written once more in an output. Rows shorter
 than a vector are done element by element. So any length works without masked memory accesses.
 
-A sum keeps one accumulator a lane, moves it into a second one after every run of vectors, and adds
-the lanes pairwise at the end. The order is fixed, no reassociation is left to the compiler, and the
+A sum keeps one accumulator a lane, moves it into a second one after every run of vectors (a row of
+one run needs no second), and adds the lanes pairwise at the end. The order is fixed, no reassociation is left to the compiler, and the
 error grows with run + length / (lanes * run), not with length.
 """
 
@@ -112,7 +112,7 @@ class _Row:
     def emit(self) -> Stmt:
         body: list[Stmt] = []
         for acc in self.sums:
-            body.extend(acc.start())
+            body.extend(acc.start(clear=self.bounds.least < self.wide))
         if self.bounds.least >= self.lanes:
             body.append(self._long())
         elif self.bounds.most is not None and self.bounds.most < self.lanes:
@@ -164,19 +164,27 @@ class _Row:
         width = self.wide if wide else self.lanes
 
         def one(block: Expr) -> Stmt:
-            base = plus(start, times(block, i64(width)))
-
-            def at(lane: Expr) -> Stmt:
-                index = plus(base, lane)
-                added = [
-                    acc.grow(acc.run if wide else acc.single, lane, acc.sum.value(index))
-                    for acc in self.sums
-                ]
-                return seq([*added, *(s.put(index) for s in self.stores)])
-
-            return vector_loop(width, at)
+            into = [acc.run if wide else acc.single for acc in self.sums]
+            return self._vector(plus(start, times(block, i64(width))), width, into)
 
         return loop(count, one, name="vector") if constant(count) != 0 else seq([])
+
+    def _vector(self, base: Expr, width: int, into: list[Any], *, first: bool = False) -> Stmt:
+        """The `width` elements from `base` on, each sum grown by them or, with `first`, begun."""
+
+        def at(lane: Expr) -> Stmt:
+            index = plus(base, lane)
+            added = []
+            for acc, buffer in zip(self.sums, into, strict=True):
+                value = acc.sum.value(index)
+                added.append(
+                    tirx.BufferStore(buffer, value, [lane])
+                    if first
+                    else acc.grow(buffer, lane, value)
+                )
+            return seq([*added, *(s.put(index) for s in self.stores)])
+
+        return vector_loop(width, at)
 
     def _last_vector(self, rest: Expr) -> Stmt:
         base = tirx.Sub(self.length, i64(self.lanes))
@@ -212,18 +220,37 @@ class _Row:
                 ]
             )
 
+        certain = self.bounds.least >= self.wide
+        if certain and self.bounds.most is not None and self.bounds.most // self.wide <= _RUN:
+            return self._in_one_run(n_wide)
         body = seq(
             [
                 *(stmt for acc in self.sums for stmt in acc.start_wide()),
                 runs(n_wide, _RUN, run),
-                *(stmt for acc in self.sums for stmt in acc.end_wide()),
+                *(stmt for acc in self.sums for stmt in acc.end_wide(first=certain)),
             ]
         )
-        known = constant(n_wide)
-        if known is None:
-            # A row shorter than that is spared the clearing and folding of the registers.
-            return when(tirx.GT(n_wide, i64(0)), body)
-        return body if known else seq([])
+        if self.bounds.most is not None and self.bounds.most < self.wide:
+            return seq([])
+        # A row shorter than that is spared the clearing and folding of the registers.
+        return body if certain else when(tirx.GT(n_wide, i64(0)), body)
+
+    def _in_one_run(self, n_wide: Expr) -> Stmt:
+        """At least one wide vector, and no more than a run of them."""
+        into = [acc.wide for acc in self.sums]
+
+        def one(block: Expr) -> Stmt:
+            return self._vector(times(block, i64(self.wide)), self.wide, into)
+
+        more = tirx.Sub(n_wide, i64(1)) if constant(n_wide) is None else i64(constant(n_wide) - 1)
+        return seq(
+            [
+                *(tirx.AllocBuffer(buffer) for buffer in into),
+                self._vector(i64(0), self.wide, into, first=True),
+                loop(more, one, name="vector", start=i64(1)) if constant(more) != 0 else None,
+                *(stmt for acc in self.sums for stmt in acc.end_wide(first=True)),
+            ]
+        )
 
 
 class _Accumulator:
@@ -239,10 +266,12 @@ class _Accumulator:
         self.run: Any = tirx.decl_buffer((wide,), dtype, "run_lanes", scope="global")
         self.rest: Any = tirx.decl_buffer((1,), dtype, "rest_sum", scope="global")
 
-    def start(self) -> list[Stmt]:
+    def start(self, *, clear: bool) -> list[Stmt]:
+        """clear: the register of its own is added to before it is given a value."""
         none = zero(self.sum.dtype)
+        single = tirx.AllocBuffer(self.single)
         return [
-            *self._cleared(self.single, self.lanes),
+            *(self._cleared(self.single, self.lanes) if clear else [single]),
             tirx.AllocBuffer(self.rest),
             tirx.BufferStore(self.rest, none, [i64(0)]),
         ]
@@ -264,13 +293,16 @@ class _Accumulator:
             lambda lane: self.grow(self.wide, lane, tirx.BufferLoad(self.run, [lane])),
         )
 
-    def end_wide(self) -> list[Stmt]:
-        stmts = fold(self.wide, self.width, self.lanes)
-        into = vector_loop(
-            self.lanes,
-            lambda lane: self.grow(self.single, lane, tirx.BufferLoad(self.wide, [lane])),
-        )
-        return [*stmts, into]
+    def end_wide(self, *, first: bool) -> list[Stmt]:
+        """first: nothing was added to the register of its own."""
+
+        def into(lane: Expr) -> Stmt:
+            value = tirx.BufferLoad(self.wide, [lane])
+            if first:
+                return tirx.BufferStore(self.single, value, [lane])
+            return self.grow(self.single, lane, value)
+
+        return [*fold(self.wide, self.width, self.lanes), vector_loop(self.lanes, into)]
 
     def grow(self, buffer: Any, lane: Expr, value: Expr) -> Stmt:
         return tirx.BufferStore(buffer, tirx.Add(tirx.BufferLoad(buffer, [lane]), value), [lane])

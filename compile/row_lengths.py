@@ -25,10 +25,10 @@ class Length:
     most: int | None = None
 
     @staticmethod
-    def of(elements: Expr) -> Length:
-        """A length of which no more is known than the expression says."""
+    def of(elements: Expr, most: int | None = None) -> Length:
+        """A length of which no more is known than the expression says, and at most `most`."""
         known = constant(elements)
-        return Length(elements) if known is None else Length(elements, known, known)
+        return Length(elements, 0, most) if known is None else Length(elements, known, known)
 
     def whole(self, width: int) -> Expr:
         """How many times `width` elements there are."""
@@ -37,17 +37,18 @@ class Length:
         return floordiv(self.elements, width)
 
 
-def by_length(elements: Expr, lanes: int, code: Callable[[Length], Stmt]) -> Stmt:
+def by_length(elements: Expr, most: int | None, lanes: int, code: Callable[[Length], Stmt]) -> Stmt:
     """`code` for rows of so many elements, once for each range of short lengths and for the rest.
 
-    A range ends behind every second vector, as those of a row are taken in pairs.
+    most: what `elements` does not exceed, or None. A range ends behind every vector of eight or
+    more elements, and of the longer half behind every second.
     """
-    width = 2 * lanes
-    ranges = knobs().exact_row // width
-    if constant(elements) is not None or ranges == 0:
-        return code(Length.of(elements))
-    starts = [0, lanes, *(k * width for k in range(1, ranges + 1))]
-    return _chosen(elements, starts, None, code)
+    longest = knobs().exact_row
+    if constant(elements) is not None or longest == 0:
+        return code(Length.of(elements, most))
+    step = max(lanes, 8)
+    starts = [lanes, *range(step, longest // 2, step), *range(longest // 2, longest + 1, 2 * step)]
+    return _chosen(elements, sorted({0, *starts}), None if most is None else most + 1, code)
 
 
 def _chosen(
@@ -55,8 +56,7 @@ def _chosen(
 ) -> Stmt:
     if len(starts) == 1:
         return code(Length(elements, starts[0], None if end is None else end - 1))
-    # The longest rows, which are the usual ones, first.
-    middle = len(starts) - 1 if end is None else len(starts) // 2
+    middle = len(starts) // 2
     below = _chosen(elements, starts[:middle], starts[middle], code)
     above = _chosen(elements, starts[middle:], end, code)
     return when(tirx.GE(elements, i64(starts[middle])), above, below)

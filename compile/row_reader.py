@@ -30,13 +30,15 @@ ROWS_ABREAST = 4
 class Block:
     """The slices one task does together: `count` from `start`, never more than `most`.
 
-    `chunk` numbers the row range whose partial sums they add to.
+    `chunk` numbers the row range whose partial sums they add to. `longest`: the elements that none
+    of them has more than in a row, where that is known.
     """
 
     start: Expr
     count: Expr
     most: int
     chunk: Expr | None = None
+    longest: int | None = None
 
 
 class SliceMemory:

@@ -31,6 +31,7 @@ from functools import partial
 from tvm import tirx
 
 from normgraph.compile.half_types import HALF_TYPES, narrow, widen
+from normgraph.compile.row_lengths import Length
 from normgraph.compile.slice_plan import Pass, Sample, SlicePlan, Step
 from normgraph.compile.tensor_program import (
     Apply,
@@ -146,12 +147,20 @@ def _rewrite(plan: SlicePlan, k: int, found: Match) -> None:
 def _sample(plan: SlicePlan) -> tuple[Sample, Expr]:
     """What to take of each slice, and how many elements that is."""
     rows, length, in_columns = plan.rows, plan.row_length, plan.in_columns
-    sample = Sample(elements=_share(length, _VECTOR), rows=_share(rows, 1))
-    of_rows = times(rows, sample.elements)
+    sample = Sample(of_row=_first, rows=_share(rows, 1))
+    of_rows = times(rows, _share(length, _VECTOR))
     of_columns = times(sample.rows, length)
     if isinstance(in_columns, bool):
         return sample, of_columns if in_columns else of_rows
     return sample, tirx.Select(in_columns, of_columns, of_rows)
+
+
+def _first(row: Length) -> Length:
+    """The sampled elements of a row."""
+    whole = _SHARE * _VECTOR
+    if row.most is not None and _VECTOR <= row.least <= row.most <= whole:
+        return Length.of(i64(_VECTOR))
+    return Length.of(_share(row.elements, _VECTOR))
 
 
 def _share(extent: Expr, unit: int) -> Expr:

@@ -9,7 +9,7 @@ are through. It holds no loops and no target: the schedule rule turns it into th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from tvm import tirx
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.knobs import knobs
 from normgraph.compile.normal_form import normal_form, users_of
+from normgraph.compile.row_lengths import Length
 from normgraph.compile.tensor_program import (
     ONE,
     Apply,
@@ -33,9 +34,12 @@ from normgraph.compile.tir import constant, i64, product, times
 
 @dataclass(frozen=True)
 class Sample:
-    """The part of a slice: the first `elements` of each row, or, read in columns, `rows` rows."""
+    """The part of a slice: the first elements of each row, or, read in columns, `rows` rows.
 
-    elements: Any
+    of_row: how many, by the length of the row.
+    """
+
+    of_row: Callable[[Length], Length]
     rows: Any
 
 

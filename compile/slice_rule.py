@@ -15,12 +15,12 @@ Strategy.
     rows too short for that, it is read in columns (`column_work`).
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache. Short rows of open extents have code for each
-    of some ranges of lengths (`row_lengths`).
+    of some ranges of lengths (`row_lengths`), which brings them within a tenth of a known length.
  4. What has one element a slice is computed between passes, for the block in vectors
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
-    sum for each of at most 16 row ranges, four rows side by side; of per-slice values through a
-    workspace of the statistics' size. Both are combined at the end in a fixed order, so results do
+    sum for each of at most 16 row ranges, four rows side by side (where rows are streamed and share
+    lines, one by one); of per-slice values through a workspace of the statistics' size. Both are combined at the end in a fixed order, so results do
     not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
@@ -84,6 +84,7 @@ from normgraph.compile.tir import (
     largest,
     least,
     loop,
+    modulo,
     plus,
     product,
     seq,
@@ -128,6 +129,7 @@ class _Emitter:
         self.ranges = least(i64(ROW_RANGES), largest(fours, i64(1)))
         self.frame = Frame(slice_plan, outputs, self.ranges)
         self.inner_axes = slice_plan.inner_axes
+        self._wide = frozenset(slice_plan.wide_axes)
 
     def emit(self) -> Any:
         opening = self.frame.open()
@@ -151,8 +153,7 @@ class _Emitter:
         return self.frame.close(self.streaming.wrap(seq(body)))
 
     def _whole_inputs(self) -> list[Tensor]:
-        every = frozenset(self.plan.wide_axes)
-        return [t for t in self.program.inputs if t.axes == every]
+        return [t for t in self.program.inputs if t.axes == self._wide]
 
     def _read_bytes(self) -> int:
         """Bytes of all whole-size inputs together, an element."""
@@ -160,8 +161,7 @@ class _Emitter:
 
     def _moved_bytes(self) -> int:
         """These, and those of the whole-size outputs."""
-        every = frozenset(self.plan.wide_axes)
-        written = [t for t in self.program.outputs if t.axes == every]
+        written = [t for t in self.program.outputs if t.axes == self._wide]
         return self._read_bytes() + sum(item_size(t.dtype) for t in written)
 
     def _lanes(self) -> int:
@@ -223,7 +223,10 @@ class _Emitter:
             last = bind("last", _share(self.slices, plus(chunk, i64(1)), self.ranges), stmts)
             rest = first
             if side_by_side:
-                fours = bind("fours", floordiv(tirx.Sub(last, first), ROWS_ABREAST), stmts)
+                fours = floordiv(tirx.Sub(last, first), ROWS_ABREAST)
+                # Streamed rows that share lines go one by one: side by side they would not stream.
+                apart = tirx.And(self.large, self._shares_lines())
+                fours = bind("fours", tirx.Select(apart, i64(0), fours), stmts)
                 rest = bind("rest", plus(first, times(fours, i64(ROWS_ABREAST))), stmts)
 
             def four(index: Expr) -> Stmt:
@@ -240,6 +243,12 @@ class _Emitter:
             return seq([*stmts, one])
 
         return loop(self.ranges, task, name="range", kind="parallel")
+
+    def _shares_lines(self) -> Expr:
+        """Whether a row's outputs end within a cache line."""
+        length = product([self.extents[a] for a in self.inner_axes])
+        lines = [self.streaming.line(t.dtype) for t in self.program.outputs if t.axes == self._wide]
+        return tirx.NE(modulo(length, max(lines, default=1)), i64(0))
 
     def _blocks(self) -> Stmt:
         one = len(self._whole_inputs()) == 1
@@ -258,7 +267,7 @@ class _Emitter:
             count = bind("count", tirx.Min(size, tirx.Sub(self.slices, start)), inner)
             # Long rows, one at a time: what is kept of a slice stays in registers.
             alone = self._work(Block(start, i64(1), 1))
-            several = self._work(Block(start, count, most))
+            several = self._work(Block(start, count, most, longest=self._longest_of_several()))
             return seq([*inner, when(tirx.EQ(size, i64(1)), alone, several)])
 
         return seq([*stmts, loop(blocks, task, name="task", kind="parallel")])
@@ -276,6 +285,10 @@ class _Emitter:
             large=self.large,
         )
         return work.emit()
+
+    def _longest_of_several(self) -> int:
+        """The most elements of the slices that go together: see `_slices_in_block`."""
+        return max(self.knobs.long_row, self.knobs.far_long_row) // 4 - 1
 
     def _slices_in_block(self, most: int, row_bytes: Expr) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.

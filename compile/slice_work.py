@@ -148,8 +148,9 @@ class SliceWork:
 
     def _traverse(self, steps: list[Step], *, add: bool = False, usual: bool = False) -> Stmt:
         """usual: most calls take this way, so it is worth code for each of the short lengths."""
+        exact = usual and self.block.most > 1
         if not self.plan.lead_axes:
-            return self._inner(steps, Position(), add, {}, usual and self.block.most > 1)
+            return self._inner(steps, Position(), add, {}, exact)
         outer, first = self.plan.lead_axes[:-1], self.plan.lead_axes[-1]
         sums = [step.op.out for step in steps if self._is_local_sum(step)]
         parts = self._parts(sums)
@@ -159,7 +160,7 @@ class SliceWork:
 
             def run(start: Expr, count: Expr) -> Stmt:
                 def one(n: Expr) -> Stmt:
-                    return self._inner(steps, at.at({first: plus(start, n)}), add, parts)
+                    return self._inner(steps, at.at({first: plus(start, n)}), add, parts, exact)
 
                 return self._added_up(parts, loop(count, one, name=f"n{first}"))
 
@@ -210,18 +211,28 @@ class SliceWork:
             first = self._inner(sums, at, add, parts) if sums else None
             return seq([first, self._columns(steps, columns, row_axes, add)])
 
-        def rows(length: Length) -> Stmt:
+        def rows(length: Length, large: Expr | None) -> Stmt:
             def between(c: Expr, index: list[Expr]) -> Stmt:
                 here = at.at(dict(zip(middle, index, strict=True)))
                 here = here.along(self.plan.slice_axes, plus(self.block.start, c))
-                return self._row(steps, here, row_axes, c, add, parts, length)
+                return self._row(steps, here, row_axes, c, add, parts, length, large)
 
             extents = [(f"m{a}", self.extents[a]) for a in middle]
             return self.values.each_slice(lambda c: nest(extents, lambda index: between(c, index)))
 
-        sample = steps[0].sample
-        count = product([self.extents[a] for a in row_axes]) if sample is None else sample.elements
-        return by_length(count, self.lanes, rows) if exact else rows(Length.of(count))
+        def code(length: Length) -> Stmt:
+            sample = steps[0].sample
+            if sample is not None:
+                return rows(sample.of_row(length), None)
+            if self.block.most == 1 or any(step.is_sum for step in steps):
+                return rows(length, self.large)
+            # Looked at for each row, where its lines begin would take as long as some of it.
+            return when(self.large, rows(length, self.large), rows(length, None))
+
+        count = product([self.extents[a] for a in row_axes])
+        if exact:
+            return by_length(count, self.block.longest, self.lanes, code)
+        return code(Length.of(count, self.block.longest))
 
     def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
         """The longest run of last axes along which every operand is contiguous or constant."""
@@ -242,6 +253,7 @@ class SliceWork:
         add: bool,
         parts: dict[Tensor, Any],
         length: Length,
+        large: Expr | None,
     ) -> Stmt:
         stmts: list[Stmt] = []
         reader = RowReader(self.memory, at, row_axes, c, stmts)
@@ -260,17 +272,19 @@ class SliceWork:
         if sums:
             done = row(length, sums, stores, lanes=self.lanes, unroll=unroll)
         else:
-            done = self._outputs(length, stores, unroll)
+            done = self._outputs(length, stores, unroll, large)
         return seq([*stmts, done])
 
-    def _outputs(self, length: Length, stores: list[RowStore], unroll: int) -> Stmt:
+    def _outputs(
+        self, length: Length, stores: list[RowStore], unroll: int, large: Expr | None
+    ) -> Stmt:
         return output_row(
             length,
             stores,
             lanes=self.lanes,
             unroll=unroll,
             streaming=self.streaming,
-            large=self.large,
+            large=large,
         )
 
     def _columns(
@@ -297,7 +311,7 @@ class SliceWork:
             if not step.is_sum:
                 stores += [reader.output(step, add) for reader in readers]
         length = Length.of(product([self.extents[a] for a in row_axes]))
-        return seq([*stmts, self._outputs(length, stores, 1)])
+        return seq([*stmts, self._outputs(length, stores, 1, self.large)])
 
 
 def _runs_along(step: Step, run: frozenset[int]) -> bool:

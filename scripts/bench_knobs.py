@@ -66,7 +66,7 @@ TRIALS = (
     Trial("slices_of_two", (16, 64), _at("instance", "256x512x3x3"), ("backward",)),
     Trial("channels", (32, 128), _at("batch", "4x2048x6x6")),
     Trial("short_row_vector", (16, 64), _at("instance", "64x512x7x7", "16x256x14x14")),
-    Trial("exact_row", (0, 256), _at("instance", "64x512x7x7", "256x512x3x3", "64x256x14x14")),
+    Trial("exact_row", (0, 64, 256), _at("instance", "64x512x7x7", "256x256x9x9", "64x256x14x14")),
     Trial("short_row", (256, 512), _at("batch", "2048x8x18x18", "8192x4x28x28", "12288x2x36x36")),
     Trial("short_row_share", (40, 640), _at("batch", "16x256x7x7", "64x128x14x14")),
     Trial("columns", (1024, 4096), _at("batch", "64x512x7x7", "128x1024x4x4")),

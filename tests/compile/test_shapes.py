@@ -60,8 +60,9 @@ def _compare(found: Array, want: Array, size: Array, dtype: str, where: object) 
     assert error <= room, (where, error)
 
 
-# All that have code for their range; then around multiples of the registers of a sum.
-LENGTHS = (*range(2, 67), 127, 129, 196, 255, 257, 1025)
+# All that have code for a range of a vector; both ends of ranges of two and of the rest, which ends
+# where a row is done alone; around multiples of the registers of a sum.
+LENGTHS = (*range(2, 67), 79, 80, 81, 95, 96, 127, 128, 129, 143, 144, 196, 255, 257, 1023, 1025)
 
 
 @pytest.mark.parametrize("op", ["instance_norm", "batch_norm", "group_norm"])
