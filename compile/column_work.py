@@ -358,6 +358,7 @@ class ColumnWork:
                 None,
                 before,
                 start=self.first_column,
+                ahead=None if self.channels.whole else self.columns,
             )
             for k in range(count)
         ]

@@ -4,6 +4,9 @@ A store that bypasses the caches should fill its line at once: half-written line
 buffers, and where several rows take turns each goes to memory in parts, each of which costs as much
 as a whole one. So whole lines are made ready and stored together; the elements in front of the
 first and behind the last are stored as usual.
+
+Meanwhile what the next block reads is asked for, line by line: its sums would wait for the memory,
+and the memory waits now, while lines are stored.
 """
 
 from __future__ import annotations
@@ -135,6 +138,7 @@ class _StreamedRow:
         for s, buffer in staged.items():
             assert s.stream is not None
             whole = tirx.BufferLoad(buffer, [tirx.Ramp(i64(0), i64(1), self.line)])
+            stmts.extend(self.streaming.prefetch(element(base)) for element in s.ahead)
             stmts.append(self.streaming.store(s.stream(base), whole, s.dtype, self.line))
         return stmts
 

@@ -6,13 +6,14 @@ that were done already count as zero in a sum, and are written once more in an o
 than a vector are done element by element. So any length works without masked memory accesses.
 
 A sum keeps one accumulator a lane, moves it into a second one after every run of vectors (a row of
-one run needs no second), and adds the lanes pairwise at the end. The order is fixed, no reassociation is left to the compiler, and the
-error grows with run + length / (lanes * run), not with length.
+one run needs no second), and adds the lanes pairwise at the end. The order is fixed, no
+reassociation is left to the compiler, and the error grows with run + length / (lanes * run), not
+with length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ class RowStore:
 
     store(index, value, new): `new` is None, or says whether the element was not stored before.
     twice: it can be told so; where it cannot (what is added to a half type), no vector overlaps
-    another. stream: what is stored may go past the caches, to the element `stream(index)`.
+    another. stream: what is stored may go past the caches, to the element `stream(index)`. ahead:
+    elements that will be read when as much was stored again as the row's block has.
     """
 
     value: At
@@ -72,6 +74,7 @@ class RowStore:
     dtype: str
     twice: bool = True
     stream: At | None = None
+    ahead: Sequence[At] = ()
 
     def put(self, index: Expr, new: Expr | None = None) -> Stmt:
         """The statement for one element."""

@@ -95,7 +95,8 @@ class RowReader:
     """Makes the values and stores of one row for `row_kernel`.
 
     What is the same along the row is computed once in front of it, into `before`. `c` is the row's
-    slice in the block; a row over the slices themselves begins at slice `start` instead.
+    slice in the block; a row over the slices themselves begins at slice `start` instead. `ahead`:
+    how many elements behind a row the one lies that is read in its place in the next block.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class RowReader:
         c: Expr | None,
         before: list[Stmt],
         start: Expr | None = None,
+        ahead: Expr | None = None,
     ) -> None:
         self.memory = memory
         self.at = at
@@ -113,6 +115,7 @@ class RowReader:
         self.c = c
         self.before = before
         self.start = i64(0) if start is None else start
+        self.ahead = ahead
         self.fixed: dict[Tensor, Expr] = {}
         self.bases: dict[tuple[Any, ...], Expr] = {}
 
@@ -195,6 +198,21 @@ class RowReader:
             lambda index, value, new: frame.write_output(step, value, place(index)),
             tensor.dtype,
             stream=lambda index: frame.load(tensor, place(index)),
+            ahead=[self._ahead(t) for t in self._whole_inputs(step)],
+        )
+
+    def _whole_inputs(self, step: Step) -> list[Tensor]:
+        if self.ahead is None:
+            return []
+        every = frozenset(self.memory.frame.plan.wide_axes)
+        read = dict.fromkeys(loads(step.value))
+        return [t for t in read if t.axes == every and t.input_index is not None]
+
+    def _ahead(self, tensor: Tensor) -> Callable[[Expr], Expr]:
+        """The element of an input that is read in the next block for one of this row."""
+        distance = self.ahead
+        return lambda index: self.memory.frame.load(
+            tensor, self._offset(tensor, plus(index, distance))
         )
 
     def row_sum(self, step: Step) -> RowSum:

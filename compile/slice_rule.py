@@ -20,13 +20,14 @@ Strategy.
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
     sum for each of at most 16 row ranges, four rows side by side (where rows are streamed and share
-    lines, one by one); of per-slice values through a workspace of the statistics' size. Both are combined at the end in a fixed order, so results do
-    not depend on the number of threads.
+    lines, one by one); of per-slice values through a workspace of the statistics' size. Both are
+    combined at the end in a fixed order, so results do not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
  7. Where what is read and written is more than the last-level cache holds, outputs are stored past
     it (`streaming`), line by line (`output_row`), but for rows so short that much of them lies in
-    lines shared with neighbours.
+    lines shared with neighbours. With each line what is read in its place in the next block is
+    asked for: where a block's rows lie apart, or one row is long, a sixth to a third less time.
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
 last-level cache and of memory.
@@ -46,10 +47,10 @@ last vector, the values of the slice).
 Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction): merging row loops
 silently drops a nest that stands between them, and tails need predicates that block vectorising.
 The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
-E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next row
-(in memory 3 % either way, on AVX2 nothing; in cache 13 to 35 % slower), the second pass backwards,
-the second pass of a row in one loop with the first of the next, larger blocks (in cache a quarter
-slower, for the second reading then comes from L2). Larger blocks in memory: reading and writing
+E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next
+block in cache (13 to 35 % slower; also of batch norm), the second pass backwards, the second pass
+of a row in one loop with the first of the next, larger blocks (in cache a quarter slower, for the
+second reading then comes from L2). Larger blocks in memory: reading and writing
 take turns there, and the longer each turn the slower: instance norm of 64x256x14x14 takes 1.7 times
 as long in blocks of 12 KB as in blocks of 4.
 """

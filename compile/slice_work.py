@@ -256,7 +256,7 @@ class SliceWork:
         large: Expr | None,
     ) -> Stmt:
         stmts: list[Stmt] = []
-        reader = RowReader(self.memory, at, row_axes, c, stmts)
+        reader = RowReader(self.memory, at, row_axes, c, stmts, ahead=self._next_block())
         sums: list[RowSum] = []
         stores: list[RowStore] = []
         for step in steps:
@@ -274,6 +274,10 @@ class SliceWork:
         else:
             done = self._outputs(length, stores, unroll, large)
         return seq([*stmts, done])
+
+    def _next_block(self) -> Expr:
+        """How many elements there are from an element to its like in the next block."""
+        return times(self.block.count, product([self.extents[a] for a in self.inner_axes]))
 
     def _outputs(
         self, length: Length, stores: list[RowStore], unroll: int, large: Expr | None

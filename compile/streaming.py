@@ -28,6 +28,7 @@ class Streaming:
     def __init__(self, target: Target) -> None:
         self.used: set[tuple[str, int]] = set()
         self.aligned: set[str] = set()
+        self.prefetches = False
         self.x86 = target.triple.startswith("x86_64")
         self.cache_bytes = last_level_cache() if target.name == "cpu" else _USUAL_CACHE
 
@@ -47,6 +48,15 @@ class Streaming:
         call = tirx.call_extern("int32", name, tirx.address_of(element), vector)
         return tirx.Evaluate(call)
 
+    def prefetch(self, element: Expr) -> Stmt:
+        """Bring the line of `element` to the second level of the caches, wherever it lies.
+
+        There need not be such an element: what lies behind the array is not touched.
+        """
+        self.prefetches = True
+        call = tirx.call_extern("int32", "normgraph_prefetch", tirx.address_of(element))
+        return tirx.Evaluate(call)
+
     def fence(self) -> Stmt:
         """Make this thread's streamed stores visible before what it stores next.
 
@@ -61,12 +71,22 @@ class Streaming:
     def _functions(self) -> str:
         lines = [line for each in sorted(self.aligned) for line in _count_function(each)]
         lines += [line for each in sorted(self.used) for line in _store_function(*each)]
+        lines += _PREFETCH if self.prefetches else []
         # x86 orders such stores by sfence only; elsewhere the end of the task does.
         fence = ["  call void @llvm.x86.sse.sfence()"] if self.x86 else []
         lines += ["define i32 @normgraph_fence() {", *fence, "  ret i32 0", "}"]
         if self.x86:
             lines.append("declare void @llvm.x86.sse.sfence()")
         return "\n".join([*lines, "!0 = !{i32 1}", ""])
+
+
+_PREFETCH = [
+    "define i32 @normgraph_prefetch(ptr %p) {",
+    "  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)",
+    "  ret i32 0",
+    "}",
+    "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
+]
 
 
 def _count_function(dtype: str) -> list[str]:

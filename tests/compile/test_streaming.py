@@ -15,12 +15,12 @@ from tvm import tirx
 
 import normgraph
 from normgraph import NormSpec
-from normgraph.compile import streaming
+from normgraph.compile import pipeline, streaming
 from normgraph.compile.output_row import output_row
 from normgraph.compile.row_kernel import RowStore
 from normgraph.compile.row_lengths import Length
 from normgraph.compile.targets import resolve
-from normgraph.graphs import reference
+from normgraph.graphs import build, reference
 
 Array = NDArray[Any]
 # Rows shorter than what is streamed, of every length modulo a vector, of one alignment and not.
@@ -150,6 +150,26 @@ def test_whole_lines_are_streamed(dtype: str, lanes: int, rows: int) -> None:
     own_type = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     assert len(lengths) == rows
     assert all(int(each) * own_type.itemsize % 64 == 0 for each in lengths)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["instance_norm", "batch_norm", "group_norm"])
+def test_what_the_next_block_reads_is_asked_for(op: str, kind: str) -> None:
+    """Of each whole-size input, as many elements ahead as the block has, or one row of it."""
+    spec = NormSpec(op, groups=2 if op == "group_norm" else None)
+    made = pipeline.schedule(
+        kind,
+        build(spec, kind, shape=("N", 6, "L")),
+        resolve("x86-64-v3"),
+        pipeline.Dump(None),
+        lambda line: None,
+    )
+    call = r'"normgraph_prefetch", T\.address_of\((\w+)_flat\[.* \+ (.+)\)\]'
+    asked = re.findall(call, str(made.func.script()))
+    row = "L" if op != "group_norm" else r"T.int64(3) * L"
+    distances = {"columns", row, f"count * {row}", f"count * ({row})"}
+    assert {name for name, _ in asked} == ({"x"} if kind == "forward" else {"dy", "x"})
+    assert {distance for _, distance in asked} <= distances
 
 
 def test_the_cache_of_this_machine_is_known() -> None:
