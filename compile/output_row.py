@@ -53,8 +53,7 @@ def output_row(
     """
     cached = row(length, [], stores, lanes=lanes, unroll=unroll)
     streams = [s for s in stores if s.stream is not None]
-    apart_from = knobs().streamed_apart
-    if large is None or not streams or (length.most is not None and length.most < apart_from):
+    if large is None or not streams or not can_stream(length):
         return cached
     elements = length.elements
     streamed = _StreamedRow(elements, stores, lanes, unroll, streaming)
@@ -67,6 +66,11 @@ def output_row(
     if len(streams) > 1:
         fits = tirx.And(fits, whole)
     return when(fits, streamed.emit(), cached)
+
+
+def can_stream(length: Length) -> bool:
+    """Whether a row of this length may be long enough to be stored past the caches."""
+    return length.most is None or length.most >= knobs().streamed_apart
 
 
 class _StreamedRow:

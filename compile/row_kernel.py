@@ -223,6 +223,8 @@ class _Row:
                 ]
             )
 
+        if self.bounds.most is not None and self.bounds.most < self.wide:
+            return seq([])
         certain = self.bounds.least >= self.wide
         if certain and self.bounds.most is not None and self.bounds.most // self.wide <= _RUN:
             return self._in_one_run(n_wide)
@@ -233,9 +235,7 @@ class _Row:
                 *(stmt for acc in self.sums for stmt in acc.end_wide(first=certain)),
             ]
         )
-        if self.bounds.most is not None and self.bounds.most < self.wide:
-            return seq([])
-        # A row shorter than that is spared the clearing and folding of the registers.
+        # A row shorter than a wide vector is spared the clearing and folding of the registers.
         return body if certain else when(tirx.GT(n_wide, i64(0)), body)
 
     def _in_one_run(self, n_wide: Expr) -> Stmt:
@@ -297,7 +297,7 @@ class _Accumulator:
         )
 
     def end_wide(self, *, first: bool) -> list[Stmt]:
-        """first: nothing was added to the register of its own."""
+        """first: the register of its own has no value yet, nor was it cleared."""
 
         def into(lane: Expr) -> Stmt:
             value = tirx.BufferLoad(self.wide, [lane])

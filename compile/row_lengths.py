@@ -40,8 +40,9 @@ class Length:
 def by_length(elements: Expr, most: int | None, lanes: int, code: Callable[[Length], Stmt]) -> Stmt:
     """`code` for rows of so many elements, once for each range of short lengths and for the rest.
 
-    most: what `elements` does not exceed, or None. A range ends behind every vector of eight or
-    more elements, and of the longer half behind every second.
+    most: what `elements` does not exceed, or None. The first range ends in front of a vector; then
+    one begins at every multiple of a vector of eight or more elements, in the longer half of those
+    that have code at every second.
     """
     longest = knobs().exact_row
     if constant(elements) is not None or longest == 0:

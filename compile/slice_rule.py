@@ -19,9 +19,9 @@ Strategy.
  4. What has one element a slice is computed between passes, for the block in vectors
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
-    sum for each of at most 16 row ranges, four rows side by side (where rows are streamed and share
-    lines, one by one); of per-slice values through a workspace of the statistics' size. Both are
-    combined at the end in a fixed order, so results do not depend on the number of threads.
+    sum for each of at most 16 row ranges, four rows side by side (one by one where only
+    then they are streamed); of per-slice values through a workspace of the statistics' size. Both
+    are combined at the end in a fixed order: results do not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
  7. Where what is read and written is more than the last-level cache holds, outputs are stored past
@@ -225,9 +225,8 @@ class _Emitter:
             rest = first
             if side_by_side:
                 fours = floordiv(tirx.Sub(last, first), ROWS_ABREAST)
-                # Streamed rows that share lines go one by one: side by side they would not stream.
-                apart = tirx.And(self.large, self._shares_lines())
-                fours = bind("fours", tirx.Select(apart, i64(0), fours), stmts)
+                one_by_one = tirx.And(self.large, self._streams_alone())
+                fours = bind("fours", tirx.Select(one_by_one, i64(0), fours), stmts)
                 rest = bind("rest", plus(first, times(fours, i64(ROWS_ABREAST))), stmts)
 
             def four(index: Expr) -> Stmt:
@@ -245,11 +244,15 @@ class _Emitter:
 
         return loop(self.ranges, task, name="range", kind="parallel")
 
-    def _shares_lines(self) -> Expr:
-        """Whether a row's outputs end within a cache line."""
+    def _streams_alone(self) -> Expr:
+        """Whether a row's outputs are streamed where it is alone, and not beside others.
+
+        So are those of long rows that end within a line: the next one begins there (`output_row`).
+        """
         length = product([self.extents[a] for a in self.inner_axes])
         lines = [self.streaming.line(t.dtype) for t in self.program.outputs if t.axes == self._wide]
-        return tirx.NE(modulo(length, max(lines, default=1)), i64(0))
+        ragged = tirx.NE(modulo(length, max(lines, default=1)), i64(0))
+        return tirx.And(ragged, tirx.GE(length, i64(self.knobs.streamed_row)))
 
     def _blocks(self) -> Stmt:
         one = len(self._whole_inputs()) == 1
@@ -289,7 +292,7 @@ class _Emitter:
 
     def _longest_of_several(self) -> int:
         """The most elements of the slices that go together: see `_slices_in_block`."""
-        return max(self.knobs.long_row, self.knobs.far_long_row) // 4 - 1
+        return (max(self.knobs.long_row, self.knobs.far_long_row) - 1) // 4
 
     def _slices_in_block(self, most: int, row_bytes: Expr) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.

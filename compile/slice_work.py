@@ -15,7 +15,7 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.output_row import output_row
+from normgraph.compile.output_row import can_stream, output_row
 from normgraph.compile.row_kernel import (
     RowStore,
     RowSum,
@@ -224,6 +224,8 @@ class SliceWork:
             sample = steps[0].sample
             if sample is not None:
                 return rows(sample.of_row(length), None)
+            if not can_stream(length):
+                return rows(length, None)
             if self.block.most == 1 or any(step.is_sum for step in steps):
                 return rows(length, self.large)
             # Looked at for each row, where its lines begin would take as long as some of it.
