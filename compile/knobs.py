@@ -29,6 +29,8 @@ class Knobs:
                                 code for each of some ranges of lengths (`row_lengths`)
     short_row, short_row_share  a channel's rows of up to so many elements are read in columns,
                                 where their square is at most so many times the number of rows
+    short_streamed_share        and so many times where outputs are stored past the caches, which
+                                goes better there
     columns, column_channels    of a block that is read in columns; one channel where its rows are
                                 longer
     column_bytes                that the rows of such a block should have together, so that L2 holds
@@ -55,6 +57,7 @@ class Knobs:
     exact_row: int = 128
     short_row: int = 2048
     short_row_share: int = 160
+    short_streamed_share: int = 10240
     columns: int = 2048
     column_channels: int = 128
     column_bytes: int = 512 * 1024

@@ -77,6 +77,7 @@ class SlicePlan:
     stored: tensors that other slices' results are combined from, kept in a workspace.
     column_sums: sums across slices of whole-size values (layer norm's dgamma), as partial sums.
     finish: outputs computed when every slice is done.
+    streamed_from: the elements from which on outputs are stored past the caches, where they are.
     """
 
     program: TensorProgram
@@ -89,6 +90,7 @@ class SlicePlan:
     column_sums: list[Step]
     finish: list[Step]
     finish_sums: dict[Tensor, Step]
+    streamed_from: int | None = None
 
     @property
     def inner_axes(self) -> tuple[int, ...]:
@@ -115,14 +117,24 @@ class SlicePlan:
         if not self.lead_axes or self.stored or self.column_sums:
             return False
         length, rows = self.row_length, self.rows
-        most, per_row = knobs().short_row, knobs().short_row_share
-        known = constant(length), constant(rows)
-        if known[0] is not None and known[1] is not None:
-            return known[0] <= most and known[0] ** 2 <= per_row * known[1]
-        if known[0] is not None and (known[0] == 1 or known[0] > most):
-            return known[0] == 1
-        share = tirx.LE(times(length, length), times(i64(per_row), rows))
-        return tirx.And(tirx.LE(length, i64(most)), share)
+        most = knobs().short_row
+        known = constant(length)
+        if known is not None and (known == 1 or known > most):
+            return known == 1
+        share: Any = i64(knobs().short_row_share)
+        if self.streamed_from is not None:
+            elements = product([self.program.extents[a] for a in self.wide_axes])
+            streamed = i64(knobs().short_streamed_share)
+            size = constant(elements)
+            if size is None:
+                share = tirx.Select(tirx.GE(elements, i64(self.streamed_from)), streamed, share)
+            elif size >= self.streamed_from:
+                share = streamed
+        squares = constant(length), constant(rows), constant(share)
+        if None not in squares:
+            return squares[0] ** 2 <= squares[2] * squares[1]  # type: ignore[operator]
+        short = tirx.LE(times(length, length), times(share, rows))
+        return tirx.And(tirx.LE(length, i64(most)), short)
 
     def slice_value(self, name: str, dtype: str) -> Tensor:
         """A new tensor with one element a slice."""

@@ -12,16 +12,17 @@ Strategy.
     them, as batch norm's n, 12 KB of each such row), or one slice that is as long as 2 to 4 KB. Of
     arrays that fill half of the last-level cache, blocks are smaller: 4 KB, or one slice of 1 KB.
     (Sizes are of float32; other types have as many elements.) Where a channel's elements lie in
-    rows too short for that, it is read in columns (`column_work`).
+    rows too short for that, it is read in columns (`column_work`); of arrays in memory also longer
+    ones, for there a block's rows are streamed whatever their length.
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache. Short rows of open extents have code for each
-    of some ranges of lengths (`row_lengths`), which brings them within a tenth of a known length.
+    of some ranges of lengths (`row_lengths`), which brings them to about a tenth of a known one.
  4. What has one element a slice is computed between passes, for the block in vectors
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial
-    sum for each of at most 16 row ranges, four rows side by side (one by one where only
-    then they are streamed); of per-slice values through a workspace of the statistics' size. Both
-    are combined at the end in a fixed order: results do not depend on the number of threads.
+    sum for each of at most 16 row ranges, four rows side by side (one by one where they are
+    streamed only so); of per-slice values through a workspace of the statistics' size. Both are
+    combined at the end in a fixed order, so results do not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
  7. Where what is read and written is more than the last-level cache holds, outputs are stored past
@@ -47,10 +48,10 @@ last vector, the values of the slice).
 Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction): merging row loops
 silently drops a nest that stands between them, and tails need predicates that block vectorising.
 The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
-E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: prefetching the next
-block in cache (13 to 35 % slower; also of batch norm), the second pass backwards, the second pass
-of a row in one loop with the first of the next, larger blocks (in cache a quarter slower, for the
-second reading then comes from L2). Larger blocks in memory: reading and writing
+E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: asking for the next block
+where outputs are stored as usual (in cache 13 to 35 % slower), the second pass backwards, the
+second pass of a row in one loop with the first of the next, larger blocks (in cache a quarter
+slower, for the second reading then comes from L2). Larger blocks in memory: reading and writing
 take turns there, and the longer each turn the slower: instance norm of 64x256x14x14 takes 1.7 times
 as long in blocks of 12 KB as in blocks of 4.
 """
@@ -109,20 +110,24 @@ def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
     """
     try:
         slice_plan = plan(read(func))
+        streaming = Streaming(target)
+        slice_plan.streamed_from = _streamed_from(slice_plan, streaming)
         shifted_sums.apply(slice_plan)
         coefficients.settle(slice_plan)
-        return _Emitter(slice_plan, outputs, target).emit()
+        return _Emitter(slice_plan, outputs, target, streaming).emit()
     except NotCanonical:
         return None
 
 
 class _Emitter:
-    def __init__(self, slice_plan: SlicePlan, outputs: Sequence[str], target: Target) -> None:
+    def __init__(
+        self, slice_plan: SlicePlan, outputs: Sequence[str], target: Target, streaming: Streaming
+    ) -> None:
         self.plan = slice_plan
         self.program = slice_plan.program
         self.extents = self.program.extents
         self.vector_bytes = target.vector_bytes
-        self.streaming = Streaming(target)
+        self.streaming = streaming
         self.knobs = knobs()
         self.slices = product([self.extents[a] for a in slice_plan.slice_axes])
         # Never more ranges than there is work for: each has sums to clear and to add up.
@@ -130,7 +135,6 @@ class _Emitter:
         self.ranges = least(i64(ROW_RANGES), largest(fours, i64(1)))
         self.frame = Frame(slice_plan, outputs, self.ranges)
         self.inner_axes = slice_plan.inner_axes
-        self._wide = frozenset(slice_plan.wide_axes)
 
     def emit(self) -> Any:
         opening = self.frame.open()
@@ -138,10 +142,10 @@ class _Emitter:
             "elements", product([self.extents[a] for a in self.plan.wide_axes]), opening
         )
         cache = i64(self.streaming.cache_bytes)
-        moved = times(elements, i64(self._moved_bytes()))
+        moved = times(elements, i64(_moved_bytes(self.plan)))
         # More than stays in it: what is written would put out what is to be read.
-        most = tirx.Mul(cache, i64(self.knobs.streamed_eighths))
-        self.large = bind("large", tirx.GT(times(moved, i64(8)), most), opening, "bool")
+        least_streamed = i64(_streamed_from(self.plan, self.streaming))
+        self.large = bind("large", tirx.GE(elements, least_streamed), opening, "bool")
         # Half of it, and other arrays want their part.
         self.far = bind("far", tirx.GT(times(moved, i64(2)), cache), opening, "bool")
         small = tirx.LE(elements, i64(self.knobs.serial))
@@ -154,16 +158,7 @@ class _Emitter:
         return self.frame.close(self.streaming.wrap(seq(body)))
 
     def _whole_inputs(self) -> list[Tensor]:
-        return [t for t in self.program.inputs if t.axes == self._wide]
-
-    def _read_bytes(self) -> int:
-        """Bytes of all whole-size inputs together, an element."""
-        return sum(item_size(t.dtype) for t in self._whole_inputs())
-
-    def _moved_bytes(self) -> int:
-        """These, and those of the whole-size outputs."""
-        written = [t for t in self.program.outputs if t.axes == self._wide]
-        return self._read_bytes() + sum(item_size(t.dtype) for t in written)
+        return _whole(self.plan, self.program.inputs)
 
     def _lanes(self) -> int:
         sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
@@ -203,7 +198,7 @@ class _Emitter:
         length = tirx.Max(self.plan.row_length, i64(1))
         room = tirx.Max(tirx.FloorDiv(i64(self.knobs.columns), length), i64(1))
         most = tirx.Min(i64(self.knobs.column_channels), room)
-        channel_bytes = times(times(self.plan.rows, length), i64(self._read_bytes()))
+        channel_bytes = times(times(self.plan.rows, length), i64(_bytes_of(self._whole_inputs())))
         cached = tirx.FloorDiv(i64(self.knobs.column_bytes), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
         # A multiple of eight tasks, if there is enough for them: two to eight threads share evenly.
@@ -250,7 +245,8 @@ class _Emitter:
         So are those of long rows that end within a line: the next one begins there (`output_row`).
         """
         length = product([self.extents[a] for a in self.inner_axes])
-        lines = [self.streaming.line(t.dtype) for t in self.program.outputs if t.axes == self._wide]
+        written = _whole(self.plan, self.program.outputs)
+        lines = [self.streaming.line(t.dtype) for t in written]
         ragged = tirx.NE(modulo(length, max(lines, default=1)), i64(0))
         return tirx.And(ragged, tirx.GE(length, i64(self.knobs.streamed_row)))
 
@@ -306,6 +302,29 @@ class _Emitter:
         run = _ceildiv(run, row_bytes)
         size = tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
         return tirx.Select(tirx.GE(row_bytes, alone), i64(1), size)
+
+
+def _whole(plan: SlicePlan, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that range over all axes."""
+    every = frozenset(plan.wide_axes)
+    return [t for t in tensors if t.axes == every]
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of all of them together, an element."""
+    return sum(item_size(t.dtype) for t in tensors)
+
+
+def _moved_bytes(plan: SlicePlan) -> int:
+    """Bytes of an element of all whole-size inputs and outputs."""
+    program = plan.program
+    return _bytes_of([*_whole(plan, program.inputs), *_whole(plan, program.outputs)])
+
+
+def _streamed_from(plan: SlicePlan, streaming: Streaming) -> int:
+    """The elements from which on all arrays exceed the part of the cache that is to hold them."""
+    held = streaming.cache_bytes * knobs().streamed_eighths
+    return held // (8 * max(_moved_bytes(plan), 1)) + 1
 
 
 def _ceildiv(a: Expr, b: Expr) -> Expr:

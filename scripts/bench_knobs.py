@@ -69,6 +69,7 @@ TRIALS = (
     Trial("exact_row", (0, 64, 256), _at("instance", "64x512x7x7", "256x256x9x9", "64x256x14x14")),
     Trial("short_row", (256, 512), _at("batch", "2048x8x18x18", "8192x4x28x28", "12288x2x36x36")),
     Trial("short_row_share", (40, 640), _at("batch", "16x256x7x7", "64x128x14x14")),
+    Trial("short_streamed_share", (160, 40960), _at("batch", "128x256x18x18", "64x512x28x28")),
     Trial("columns", (1024, 4096), _at("batch", "64x512x7x7", "128x1024x4x4")),
     Trial("column_channels", (64, 256), _at("batch", "128x4096", "128x2048x2x2")),
     Trial("column_bytes", (256 << 10, 1 << 20), _at("batch", "256x256x7x7", "64x512x7x7")),
