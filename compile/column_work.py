@@ -136,8 +136,6 @@ class ColumnWork:
                 stmts.append(when(self.frame.is_write(index), self._output(step), added))
         return stmts
 
-    # Sums.
-
     def _sums(self, steps: list[Step]) -> Stmt:
         stmts: list[Stmt] = []
         tensors = [step.op.out for step in steps]
@@ -318,8 +316,6 @@ class ColumnWork:
         rest = loop(modulo(count, self.lanes), lambda k: body(plus(done, k)), name="rest")
         return seq([loop(vectors, vector, name="vector"), rest])
 
-    # Outputs.
-
     def _output(self, step: Step, *, add: bool = False) -> Stmt:
         stmts: list[Stmt] = []
         memory = self._spread([step], stmts)
@@ -350,6 +346,8 @@ class ColumnWork:
     def _readers(
         self, memory: SliceMemory, first: Expr, count: int, before: list[Stmt]
     ) -> list[RowReader]:
+        next_block = self.plan.ahead(self.channels.start, self.channels.count, self.columns)
+        ahead = None if self.channels.whole else bind("ahead", next_block, before)
         return [
             RowReader(
                 memory,
@@ -358,7 +356,7 @@ class ColumnWork:
                 None,
                 before,
                 start=self.first_column,
-                ahead=None if self.channels.whole else self.columns,
+                ahead=ahead,
             )
             for k in range(count)
         ]

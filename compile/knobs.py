@@ -29,8 +29,7 @@ class Knobs:
                                 code for each of some ranges of lengths (`row_lengths`)
     short_row, short_row_share  a channel's rows of up to so many elements are read in columns,
                                 where their square is at most so many times the number of rows
-    short_streamed_share        and so many times where outputs are stored past the caches, which
-                                goes better there
+    short_streamed_share        the same share where outputs are stored past the caches
     columns, column_channels    of a block that is read in columns; one channel where its rows are
                                 longer
     column_bytes                that the rows of such a block should have together, so that L2 holds
@@ -42,6 +41,8 @@ class Knobs:
     streamed_row                rows from so many elements on are stored past the caches: of shorter
                                 ones too much lies in lines that two of them share
     streamed_apart              as much where they share none
+    ahead_least, ahead_most     the next block is asked for while this one is stored past the caches
+                                where it has so many elements; the least is of contiguous blocks
     serial                      up to so many elements the calling thread works alone: a launch of
                                 the thread pool costs more than it gains
     """
@@ -66,6 +67,8 @@ class Knobs:
     streamed_eighths: int = 8
     streamed_row: int = 512
     streamed_apart: int = 64
+    ahead_least: int = 131072
+    ahead_most: int = 1048576
     serial: int = 32768
 
 

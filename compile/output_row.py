@@ -5,8 +5,8 @@ buffers, and where several rows take turns each goes to memory in parts, each of
 as a whole one. So whole lines are made ready and stored together; the elements in front of the
 first and behind the last are stored as usual.
 
-Meanwhile what the next block reads is asked for, line by line: its sums would wait for the memory,
-and the memory waits now, while lines are stored.
+Meanwhile what stores name as `ahead` is asked for, line by line: the next block's sums would wait
+for the memory, and the memory waits now, while lines are stored.
 """
 
 from __future__ import annotations

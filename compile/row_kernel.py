@@ -66,7 +66,7 @@ class RowStore:
     store(index, value, new): `new` is None, or says whether the element was not stored before.
     twice: it can be told so; where it cannot (what is added to a half type), no vector overlaps
     another. stream: what is stored may go past the caches, to the element `stream(index)`. ahead:
-    elements that will be read when as much was stored again as the row's block has.
+    the inputs' elements that are read for element `index` of the next block's row.
     """
 
     value: At

@@ -13,7 +13,7 @@ Strategy.
     arrays that fill half of the last-level cache, blocks are smaller: 4 KB, or one slice of 1 KB.
     (Sizes are of float32; other types have as many elements.) Where a channel's elements lie in
     rows too short for that, it is read in columns (`column_work`); of arrays in memory also longer
-    ones, for there a block's rows are streamed whatever their length.
+    ones, whose outputs are then streamed a block's rows at once, where a row's alone are not.
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache. Short rows of open extents have code for each
     of some ranges of lengths (`row_lengths`), which brings them to about a tenth of a known one.
@@ -27,8 +27,9 @@ Strategy.
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
  7. Where what is read and written is more than the last-level cache holds, outputs are stored past
     it (`streaming`), line by line (`output_row`), but for rows so short that much of them lies in
-    lines shared with neighbours. With each line what is read in its place in the next block is
-    asked for: where a block's rows lie apart, or one row is long, a sixth to a third less time.
+    lines shared with neighbours. With each line of a block whose rows lie apart, or of a long row,
+    what is read in its place in the next block is asked for: a sixth to a third less time. Not
+    where rows of a block go side by side, or all columns together.
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
 last-level cache and of memory.
@@ -111,7 +112,7 @@ def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
     try:
         slice_plan = plan(read(func))
         streaming = Streaming(target)
-        slice_plan.streamed_from = _streamed_from(slice_plan, streaming)
+        slice_plan.streamed_from = _fewest_streamed(slice_plan, streaming)
         shifted_sums.apply(slice_plan)
         coefficients.settle(slice_plan)
         return _Emitter(slice_plan, outputs, target, streaming).emit()
@@ -144,8 +145,9 @@ class _Emitter:
         cache = i64(self.streaming.cache_bytes)
         moved = times(elements, i64(_moved_bytes(self.plan)))
         # More than stays in it: what is written would put out what is to be read.
-        least_streamed = i64(_streamed_from(self.plan, self.streaming))
-        self.large = bind("large", tirx.GE(elements, least_streamed), opening, "bool")
+        assert self.plan.streamed_from is not None
+        enough = tirx.GE(elements, i64(self.plan.streamed_from))
+        self.large = bind("large", enough, opening, "bool")
         # Half of it, and other arrays want their part.
         self.far = bind("far", tirx.GT(times(moved, i64(2)), cache), opening, "bool")
         small = tirx.LE(elements, i64(self.knobs.serial))
@@ -242,7 +244,8 @@ class _Emitter:
     def _streams_alone(self) -> Expr:
         """Whether a row's outputs are streamed where it is alone, and not beside others.
 
-        So are those of long rows that end within a line: the next one begins there (`output_row`).
+        That is so for long rows that end within a line, for the lines of rows side by side have to
+        begin together (`output_row`).
         """
         length = product([self.extents[a] for a in self.inner_axes])
         written = _whole(self.plan, self.program.outputs)
@@ -321,7 +324,7 @@ def _moved_bytes(plan: SlicePlan) -> int:
     return _bytes_of([*_whole(plan, program.inputs), *_whole(plan, program.outputs)])
 
 
-def _streamed_from(plan: SlicePlan, streaming: Streaming) -> int:
+def _fewest_streamed(plan: SlicePlan, streaming: Streaming) -> int:
     """The elements from which on all arrays exceed the part of the cache that is to hold them."""
     held = streaming.cache_bytes * knobs().streamed_eighths
     return held // (8 * max(_moved_bytes(plan), 1)) + 1

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "slices": ("instance_norm", "forward"),
     "slices_of_two": ("instance_norm", "backward"),
     "exact_row": ("instance_norm", "forward"),
+    "ahead_least": ("instance_norm", "forward"),
     "far_run_bytes": ("instance_norm", "backward"),
     "far_long_row": ("instance_norm", "backward"),
 }
