@@ -142,7 +142,9 @@ class _StreamedRow:
         for s, buffer in staged.items():
             assert s.stream is not None
             whole = tirx.BufferLoad(buffer, [tirx.Ramp(i64(0), i64(1), self.line)])
-            stmts.extend(self.streaming.prefetch(element(base)) for element in s.ahead)
+            if s.ahead:
+                asked = [self.streaming.prefetch(element(base)) for element in s.ahead]
+                stmts.append(when(s.asks, seq(asked)))
             stmts.append(self.streaming.store(s.stream(base), whole, s.dtype, self.line))
         return stmts
 

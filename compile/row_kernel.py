@@ -66,7 +66,8 @@ class RowStore:
     store(index, value, new): `new` is None, or says whether the element was not stored before.
     twice: it can be told so; where it cannot (what is added to a half type), no vector overlaps
     another. stream: what is stored may go past the caches, to the element `stream(index)`. ahead:
-    the inputs' elements that are read for element `index` of the next block's row.
+    the inputs' elements that are read for element `index` of the next block's row, to be asked for
+    where `asks`.
     """
 
     value: At
@@ -75,6 +76,7 @@ class RowStore:
     twice: bool = True
     stream: At | None = None
     ahead: Sequence[At] = ()
+    asks: Expr | None = None
 
     def put(self, index: Expr, new: Expr | None = None) -> Stmt:
         """The statement for one element."""

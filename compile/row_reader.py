@@ -96,7 +96,7 @@ class RowReader:
 
     What is the same along the row is computed once in front of it, into `before`. `c` is the row's
     slice in the block; a row over the slices themselves begins at slice `start` instead. `ahead`:
-    how many elements behind a row the one lies that is read in its place in the next block.
+    how many elements behind a row the one lies that is read in its place in the next block, or 0 where that is not asked for.
     """
 
     def __init__(
@@ -199,6 +199,7 @@ class RowReader:
             tensor.dtype,
             stream=lambda index: frame.load(tensor, place(index)),
             ahead=[self._ahead(t) for t in self._whole_inputs(step)],
+            asks=None if self.ahead is None else tirx.NE(self.ahead, i64(0)),
         )
 
     def _whole_inputs(self, step: Step) -> list[Tensor]:
