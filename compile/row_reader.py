@@ -96,7 +96,8 @@ class RowReader:
 
     What is the same along the row is computed once in front of it, into `before`. `c` is the row's
     slice in the block; a row over the slices themselves begins at slice `start` instead. `ahead`:
-    how many elements behind a row the one lies that is read in its place in the next block, or 0 where that is not asked for.
+    how many elements behind a row the one lies that is read in its place in the next block; 0 where
+    that is not asked for.
     """
 
     def __init__(
