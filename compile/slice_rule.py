@@ -16,7 +16,7 @@ Strategy.
     ones, whose outputs are then streamed a block's rows at once, where a row's alone are not.
  3. Each pass reads the slice once and computes all sums and outputs that are ready, in one loop
     (`row_kernel`); pass two finds the slice in cache. Short rows of open extents have code for each
-    of some ranges of lengths (`row_lengths`), which brings them to about a tenth of a known one.
+    of some ranges of lengths (`row_lengths`), within about a tenth of known ones' time.
  4. What has one element a slice is computed between passes, for the block in vectors
     (`slice_values`).
  5. Sums across slices: of whole-size values (layer norm's parameter gradients) into one partial

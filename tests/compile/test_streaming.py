@@ -27,7 +27,10 @@ Array = NDArray[Any]
 # batch norm also in columns, which are streamed where a block has enough of them.
 SHAPES = {
     "instance_norm": (("N", 5, "H", "W"), ((3, 5, 61, 67), (40, 5, 13, 13), (9, 5, 64, 64))),
-    "batch_norm": (("N", 5, "H", "W"), ((3, 5, 61, 67), (40, 5, 19, 17), (9, 5, 64, 64))),
+    "batch_norm": (
+        ("N", 5, "H", "W"),
+        ((3, 5, 61, 67), (300, 5, 5, 5), (40, 5, 19, 17), (9, 5, 64, 64)),
+    ),
     "group_norm": (("N", 6, "H", "W"), ((9, 6, 31, 37),)),
     "layer_norm": (("N", 1000), ((70, 1000),)),
     "rms_norm": (("N", 1024), ((70, 1024),)),
