@@ -247,12 +247,13 @@ class _Row:
         def one(block: Expr) -> Stmt:
             return self._vector(times(block, i64(self.wide)), self.wide, into)
 
-        more = tirx.Sub(n_wide, i64(1)) if constant(n_wide) is None else i64(constant(n_wide) - 1)
+        fixed = constant(n_wide)
+        more = tirx.Sub(n_wide, i64(1)) if fixed is None else i64(fixed - 1)
         return seq(
             [
                 *(tirx.AllocBuffer(buffer) for buffer in into),
                 self._vector(i64(0), self.wide, into, first=True),
-                loop(more, one, name="vector", start=i64(1)) if constant(more) != 0 else None,
+                loop(more, one, name="vector", start=i64(1)) if fixed != 1 else None,
                 *(stmt for acc in self.sums for stmt in acc.end_wide(first=True)),
             ]
         )
