@@ -346,8 +346,8 @@ class ColumnWork:
     def _readers(
         self, memory: SliceMemory, first: Expr, count: int, before: list[Stmt]
     ) -> list[RowReader]:
-        next_block = self.plan.ahead(self.channels.start, self.channels.count, self.columns)
-        ahead = None if self.channels.whole else bind("ahead", next_block, before)
+        distance = self.plan.ahead(self.channels.start, self.channels.count, self.columns)
+        ahead = bind("ahead", self.streaming.opaque(distance), before)
         return [
             RowReader(
                 memory,
@@ -356,7 +356,7 @@ class ColumnWork:
                 None,
                 before,
                 start=self.first_column,
-                ahead=ahead,
+                ahead=None if self.channels.whole else ahead,
             )
             for k in range(count)
         ]

@@ -178,7 +178,7 @@ class _Emitter:
 
     def _columns(self) -> Stmt:
         stmts: list[Stmt] = []
-        size = bind("block_size", self._channels_in_block(), stmts)
+        size = bind("block_size", self._known_positive(self._channels_in_block()), stmts)
         blocks = bind("blocks", _ceildiv(self.slices, size), stmts)
 
         def task(index: Expr) -> Stmt:
@@ -207,6 +207,12 @@ class _Emitter:
         rounds = _ceildiv(self.slices, times(most, i64(8)))
         even = _ceildiv(self.slices, times(rounds, i64(8)))
         return tirx.Max(even, tirx.Min(most, _ceildiv(i64(_FEWEST_SHARED), length)))
+
+    def _known_positive(self, value: Expr) -> Expr:
+        """`value`, of which the analyzer is to know no more: nearly all else depends on it."""
+        if constant(value) is not None:
+            return value
+        return tirx.Max(self.streaming.opaque(value), i64(1))
 
     def _row_ranges(self) -> Stmt:
         if self.plan.lead_axes:
@@ -261,7 +267,8 @@ class _Emitter:
         stmts: list[Stmt] = []
         length = product([self.extents[a] for a in self.inner_axes])
         row_bytes = bind("row_bytes", tirx.Max(times(length, i64(4)), i64(1)), stmts)
-        size = bind("block_size", self._slices_in_block(most, row_bytes), stmts)
+        in_block = self._slices_in_block(most, row_bytes)
+        size = bind("block_size", self._known_positive(in_block), stmts)
         blocks = bind("blocks", _ceildiv(self.slices, size), stmts)
 
         def task(index: Expr) -> Stmt:

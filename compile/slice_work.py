@@ -288,7 +288,8 @@ class SliceWork:
         """
         distance = times(self.block.count, self.plan.row_length)
         least = 0 if self.plan.lead_axes else knobs().ahead_least
-        return self.plan.ahead(self.block.start, self.block.count, distance, least)
+        ahead = self.plan.ahead(self.block.start, self.block.count, distance, least)
+        return self.streaming.opaque(ahead)
 
     def _outputs(
         self, length: Length, stores: list[RowStore], unroll: int, large: Expr | None

@@ -29,6 +29,7 @@ class Streaming:
         self.used: set[tuple[str, int]] = set()
         self.aligned: set[str] = set()
         self.prefetches = False
+        self.hides = False
         self.x86 = target.triple.startswith("x86_64")
         self.cache_bytes = last_level_cache() if target.name == "cpu" else _USUAL_CACHE
 
@@ -57,6 +58,15 @@ class Streaming:
         call = tirx.call_extern("int32", "normgraph_prefetch", tirx.address_of(element))
         return tirx.Evaluate(call)
 
+    def opaque(self, value: Expr) -> Expr:
+        """An int64 that TVM's analyzer knows nothing of.
+
+        It puts what a variable stands for in its place wherever it simplifies, and one that is used
+        in every address, with comparisons in it, takes ten times as long to compile.
+        """
+        self.hides = True
+        return tirx.call_extern("int64", "normgraph_opaque", value)
+
     def fence(self) -> Stmt:
         """Make this thread's streamed stores visible before what it stores next.
 
@@ -72,6 +82,7 @@ class Streaming:
         lines = [line for each in sorted(self.aligned) for line in _count_function(each)]
         lines += [line for each in sorted(self.used) for line in _store_function(*each)]
         lines += _PREFETCH if self.prefetches else []
+        lines += _OPAQUE if self.hides else []
         # x86 orders such stores by sfence only; elsewhere the end of the task does.
         fence = ["  call void @llvm.x86.sse.sfence()"] if self.x86 else []
         lines += ["define i32 @normgraph_fence() {", *fence, "  ret i32 0", "}"]
@@ -87,6 +98,7 @@ _PREFETCH = [
     "}",
     "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
 ]
+_OPAQUE = ["define i64 @normgraph_opaque(i64 %value) {", "  ret i64 %value", "}"]
 
 
 def _count_function(dtype: str) -> list[str]:
