@@ -28,6 +28,7 @@ from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.column_arrays import ColumnArrays
 from normgraph.compile.kernel_frame import Frame
 from normgraph.compile.knobs import knobs
+from normgraph.compile.next_block import next_block
 from normgraph.compile.output_row import output_row
 from normgraph.compile.row_kernel import RowStore, RowSum, row
 from normgraph.compile.row_lengths import Length
@@ -346,8 +347,8 @@ class ColumnWork:
     def _readers(
         self, memory: SliceMemory, first: Expr, count: int, before: list[Stmt]
     ) -> list[RowReader]:
-        distance = self.plan.ahead(self.channels.start, self.channels.count, self.columns)
-        ahead = bind("ahead", self.streaming.opaque(distance), before)
+        end = plus(self.channels.start, self.channels.count)
+        ahead = next_block(self.plan, self.streaming, end, self.columns, before)
         return [
             RowReader(
                 memory,

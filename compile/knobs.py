@@ -41,8 +41,10 @@ class Knobs:
     streamed_row                rows from so many elements on are stored past the caches: of shorter
                                 ones too much lies in lines that two of them share
     streamed_apart              as much where they share none
-    ahead_least, ahead_most     the next block is asked for while this one is stored past the caches
-                                where it has so many elements; the least is of contiguous blocks
+    ahead_most                  the next block is asked for while this one is stored past the caches
+                                where it has no more elements than this
+    ahead_short, ahead_long     and of two inputs whose blocks follow one another, where it has up
+                                to, or from, so many
     serial                      up to so many elements the calling thread works alone: a launch of
                                 the thread pool costs more than it gains
     """
@@ -67,8 +69,9 @@ class Knobs:
     streamed_eighths: int = 8
     streamed_row: int = 512
     streamed_apart: int = 64
-    ahead_least: int = 131072
     ahead_most: int = 1048576
+    ahead_short: int = 2048
+    ahead_long: int = 131072
     serial: int = 32768
 
 

@@ -135,20 +135,6 @@ class SlicePlan:
         short = tirx.LE(times(length, length), times(share, rows))
         return tirx.And(tirx.LE(length, i64(most)), short)
 
-    def ahead(self, start: Any, count: Any, distance: Any, least: int = 0) -> Any:
-        """`distance` where the next block is to be asked for while one is written, else 0.
-
-        There must be one behind the `count` slices from `start`; and a block has to have `least`
-        elements, and no more than are kept until they are read.
-        """
-        elements = times(distance, self.rows)
-        more = tirx.LT(
-            tirx.Add(start, count), product([self.program.extents[a] for a in self.slice_axes])
-        )
-        kept = tirx.LE(elements, i64(knobs().ahead_most))
-        wanted = tirx.And(more, tirx.And(kept, tirx.GE(elements, i64(least))))
-        return tirx.Select(wanted, distance, i64(0))
-
     def slice_value(self, name: str, dtype: str) -> Tensor:
         """A new tensor with one element a slice."""
         dims = tuple(

@@ -27,9 +27,9 @@ Strategy.
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
  7. Where what is read and written is more than the last-level cache holds, outputs are stored past
     it (`streaming`), line by line (`output_row`), but for rows so short that much of them lies in
-    lines shared with neighbours. With each line of a block whose rows lie apart, or of a long row,
-    what is read in its place in the next block is asked for: a sixth to a third less time. Not
-    where rows of a block go side by side, or all columns together.
+    lines shared with neighbours. With each line, what is read in its place in the next block is
+    asked for where that gains (`next_block`); not where rows of a block go side by side, or all
+    columns together.
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
 last-level cache and of memory.

@@ -15,7 +15,7 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.knobs import knobs
+from normgraph.compile.next_block import next_block
 from normgraph.compile.output_row import can_stream, output_row
 from normgraph.compile.row_kernel import (
     RowStore,
@@ -33,7 +33,6 @@ from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import (
     Expr,
     Stmt,
-    bind,
     i64,
     load,
     loop,
@@ -260,7 +259,9 @@ class SliceWork:
         large: Expr | None,
     ) -> Stmt:
         stmts: list[Stmt] = []
-        ahead = bind("ahead", self._next_block(), stmts)
+        end = plus(self.block.start, self.block.count)
+        distance = times(self.block.count, self.plan.row_length)
+        ahead = next_block(self.plan, self.streaming, end, distance, stmts)
         reader = RowReader(self.memory, at, row_axes, c, stmts, ahead=ahead)
         sums: list[RowSum] = []
         stores: list[RowStore] = []
@@ -279,17 +280,6 @@ class SliceWork:
         else:
             done = self._outputs(length, stores, unroll, large)
         return seq([*stmts, done])
-
-    def _next_block(self) -> Expr:
-        """How many elements there are from an element to its like in the next block.
-
-        0 where asking for it gains nothing: contiguous blocks follow one another, which the CPU
-        sees by itself unless they are long.
-        """
-        distance = times(self.block.count, self.plan.row_length)
-        least = 0 if self.plan.lead_axes else knobs().ahead_least
-        ahead = self.plan.ahead(self.block.start, self.block.count, distance, least)
-        return self.streaming.opaque(ahead)
 
     def _outputs(
         self, length: Length, stores: list[RowStore], unroll: int, large: Expr | None

@@ -80,7 +80,8 @@ TRIALS = (
     Trial("streamed_eighths", (6, 12, 16), _at("batch", "16x64x64x64", "32x64x56x56")),
     Trial("streamed_row", (256, 1024), _at("instance", "256x256x18x18", "64x512x28x28")),
     Trial("streamed_apart", (32, 256), _at("layer", "131072x128", "65536x192"), ("forward",)),
-    Trial("ahead_least", (4096, 524288), _at("instance", "96x64x64x64", "48x1x512x512")),
+    Trial("ahead_short", (0, 8192), _at("instance", "128x64x40x40", "64x64x80x80"), ("backward",)),
+    Trial("ahead_long", (4096, 524288), _at("instance", "48x1x512x512"), ("backward",)),
     Trial("ahead_most", (131072, 8388608), _at("batch", "32x128x56x56", "96x16x128x128")),
     Trial("serial", (8192, 131072), _at("layer", "16x1024", "64x1024")),
 )

@@ -26,7 +26,8 @@ ELSEWHERE = {
     "slices": ("instance_norm", "forward"),
     "slices_of_two": ("instance_norm", "backward"),
     "exact_row": ("instance_norm", "forward"),
-    "ahead_least": ("instance_norm", "forward"),
+    "ahead_short": ("instance_norm", "backward"),
+    "ahead_long": ("instance_norm", "backward"),
     "far_run_bytes": ("instance_norm", "backward"),
     "far_long_row": ("instance_norm", "backward"),
 }
