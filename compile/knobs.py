@@ -66,7 +66,7 @@ class Knobs:
     column_bytes: int = 512 * 1024
     whole_rows: int = 1024
     whole_columns: int = 8192
-    streamed_eighths: int = 8
+    streamed_eighths: int = 7
     streamed_row: int = 512
     streamed_apart: int = 64
     ahead_most: int = 1048576
