@@ -395,6 +395,6 @@ def _range(rows: Expr, chunk: Expr, ranges: int, stmts: list[Stmt]) -> tuple[Exp
     """Where one of `ranges` equal ranges of the rows begins and ends."""
     if ranges == 1:
         return i64(0), rows
-    first = tirx.FloorDiv(times(chunk, rows), i64(ranges))
-    last = tirx.FloorDiv(times(plus(chunk, i64(1)), rows), i64(ranges))
+    first = floordiv(times(chunk, rows), ranges)
+    last = floordiv(times(plus(chunk, i64(1)), rows), ranges)
     return bind("first", first, stmts), bind("last", last, stmts)

@@ -43,8 +43,8 @@ class Knobs:
     streamed_apart              as much where they share none
     ahead_most                  the next block is asked for while this one is stored past the caches
                                 where it has no more elements than this
-    ahead_short, ahead_long     and of two inputs whose blocks follow one another, where it has up
-                                to, or from, so many
+    ahead_short, ahead_long     of two inputs whose blocks follow one another, the next one is asked
+                                for up to, and from, so many elements of it, and not between
     serial                      up to so many elements the calling thread works alone: a launch of
                                 the thread pool costs more than it gains
     """

@@ -20,17 +20,17 @@ from normgraph.compile.tir import Expr, Stmt, bind, i64, product, times
 
 
 def next_block(
-    plan: SlicePlan, streaming: Streaming, start: Expr, distance: Expr, before: list[Stmt]
+    plan: SlicePlan, streaming: Streaming, end: Expr, distance: Expr, before: list[Stmt]
 ) -> Expr:
-    """`distance`, the elements to the one from slice `start` on, where it is asked for, else 0.
+    """`distance`, the elements to the next block, where that is asked for, else 0.
 
-    There must be such a slice, and no more of the block than is kept until it is read. Blocks of
-    two inputs that follow one another in memory are seen coming by the CPU itself, but for short
-    ones, and for long ones of which it sees too little.
+    This one ends in front of slice `end`. There must be such a slice, and no more of the block than
+    is kept until it is read. Blocks of two inputs that follow one another in memory are seen coming
+    by the CPU itself, but for short ones, and for long ones of which it sees too little.
     """
     elements = times(distance, plan.rows)
     slices = product([plan.program.extents[a] for a in plan.slice_axes])
-    more = tirx.LT(start, slices)
+    more = tirx.LT(end, slices)
     wanted = tirx.And(more, tirx.LE(elements, i64(knobs().ahead_most)))
     every = frozenset(plan.wide_axes)
     if not plan.lead_axes and sum(t.axes == every for t in plan.program.inputs) > 1:

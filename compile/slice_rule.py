@@ -25,7 +25,7 @@ Strategy.
     combined at the end in a fixed order, so results do not depend on the number of threads.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
- 7. Where what is read and written is more than the last-level cache holds, outputs are stored past
+ 7. Where what is read and written is more than 7/8 of the last-level cache, outputs are stored past
     it (`streaming`), line by line (`output_row`), but for rows so short that much of them lies in
     lines shared with neighbours. With each line, what is read in its place in the next block is
     asked for where that gains (`next_block`); not where rows of a block go side by side, or all
@@ -90,6 +90,7 @@ from normgraph.compile.tir import (
     modulo,
     plus,
     product,
+    quotient,
     seq,
     times,
     when,
@@ -198,10 +199,10 @@ class _Emitter:
 
     def _channels_in_block(self) -> Expr:
         length = tirx.Max(self.plan.row_length, i64(1))
-        room = tirx.Max(tirx.FloorDiv(i64(self.knobs.columns), length), i64(1))
+        room = tirx.Max(quotient(i64(self.knobs.columns), length), i64(1))
         most = tirx.Min(i64(self.knobs.column_channels), room)
         channel_bytes = times(times(self.plan.rows, length), i64(_bytes_of(self._whole_inputs())))
-        cached = tirx.FloorDiv(i64(self.knobs.column_bytes), tirx.Max(channel_bytes, i64(1)))
+        cached = quotient(i64(self.knobs.column_bytes), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
         # A multiple of eight tasks, if there is enough for them: two to eight threads share evenly.
         rounds = _ceildiv(self.slices, times(most, i64(8)))
@@ -209,7 +210,10 @@ class _Emitter:
         return tirx.Max(even, tirx.Min(most, _ceildiv(i64(_FEWEST_SHARED), length)))
 
     def _known_positive(self, value: Expr) -> Expr:
-        """`value`, of which the analyzer is to know no more: nearly all else depends on it."""
+        """`value`, hidden from TVM's analyzer (`Streaming.opaque`) but for being positive.
+
+        Where each slice lies depends on it.
+        """
         if constant(value) is not None:
             return value
         return tirx.Max(self.streaming.opaque(value), i64(1))
@@ -341,7 +345,7 @@ def _ceildiv(a: Expr, b: Expr) -> Expr:
     known = constant(a), constant(b)
     if None not in known:
         return i64(-(-known[0] // known[1]))  # type: ignore[operator]
-    return tirx.FloorDiv(plus(a, tirx.Sub(b, i64(1))), b)
+    return quotient(plus(a, tirx.Sub(b, i64(1))), b)
 
 
 def _share(count: Expr, chunk: Expr, ranges: Expr) -> Expr:
@@ -349,4 +353,4 @@ def _share(count: Expr, chunk: Expr, ranges: Expr) -> Expr:
     known = constant(count), constant(chunk), constant(ranges)
     if None not in known:
         return i64(known[0] * known[1] // known[2])  # type: ignore[operator]
-    return tirx.FloorDiv(times(chunk, count), ranges)
+    return quotient(times(chunk, count), ranges)

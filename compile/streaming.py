@@ -1,4 +1,4 @@
-"""Stores that go past the caches, for outputs larger than those.
+"""Stores that go past the caches, for arrays larger than those, and what is asked for ahead.
 
 An ordinary store first reads the line it writes to. What does not stay in cache anyway is written
 without: two arrays move in a forward instead of three. TVM has no such store, so a few LLVM
@@ -59,10 +59,10 @@ class Streaming:
         return tirx.Evaluate(call)
 
     def opaque(self, value: Expr) -> Expr:
-        """An int64 that TVM's analyzer knows nothing of.
+        """`value`, an int64, as the result of a function that LLVM sees through and TVM does not.
 
-        It puts what a variable stands for in its place wherever it simplifies, and one that is used
-        in every address, with comparisons in it, takes ten times as long to compile.
+        TVM's passes put what a variable stands for in its place wherever they simplify. Where that
+        has comparisons in it and is part of every address, compiling takes ten times as long.
         """
         self.hides = True
         return tirx.call_extern("int64", "normgraph_opaque", value)

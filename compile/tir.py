@@ -66,6 +66,19 @@ def floordiv(a: Expr, b: int) -> Expr:
     return i64(value // b) if value is not None else tirx.FloorDiv(a, i64(b))
 
 
+def quotient(a: Expr, b: Expr) -> Expr:
+    """a // b for sizes of which TVM need not see that they are not negative.
+
+    Where it does not, its FloorDiv takes several instructions, or fails to compile.
+    """
+    return tirx.Div(a, b)
+
+
+def remainder(a: Expr, b: Expr) -> Expr:
+    """a % b, as `quotient`."""
+    return tirx.Mod(a, b)
+
+
 def modulo(a: Expr, b: int) -> Expr:
     """a % b for a power of two, as a mask, from which LLVM sees how short a loop is."""
     value = constant(a)

@@ -92,6 +92,28 @@ def test_every_number_of_slices(slices: int, build_operator: Callable[..., Any])
             _hold(operator, (2, slices, length))
 
 
+@pytest.mark.parametrize(
+    ("spec", "declared", "shape"),
+    [
+        (NormSpec("layer_norm"), (1, 1000), (1, 1000)),
+        (NormSpec("layer_norm"), (1, 70001), (1, 70001)),
+        (NormSpec("rms_norm"), (1, 1024), (1, 1024)),
+        (NormSpec("instance_norm"), (1, 1, "H", "W"), (1, 1, 40, 50)),
+        (NormSpec("instance_norm"), (1, 1, 200, 300), (1, 1, 200, 300)),
+        (NormSpec("batch_norm"), ("N", 1, "H", "W"), (7, 1, 30, 9)),
+        (NormSpec("batch_norm"), (8, 1, 4, 4), (8, 1, 4, 4)),
+        (NormSpec("group_norm", groups=1), (1, 4, "H", "W"), (1, 4, 17, 19)),
+    ],
+)
+def test_one_slice(
+    spec: NormSpec,
+    declared: tuple[int | str, ...],
+    shape: tuple[int, ...],
+    build_operator: Callable[..., Any],
+) -> None:
+    _hold(build_operator(spec, declared, kinds=("forward", "backward")), shape)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 64, 65, 130])
 def test_matrices(columns: int, build_operator: Callable[..., Any]) -> None:
     """Few rows, one block of columns a task; many rows, all columns together; and serially."""
