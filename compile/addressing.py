@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tvm import tirx
+
 from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor
-from normgraph.compile.tir import (
-    Expr,
-    constant,
-    product,
-    quotient,
-    remainder,
-    times,
-    total,
-)
+from normgraph.compile.tir import Expr, constant, product, times, total
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,9 @@ def _one_by_one(
     terms: list[Expr] = []
     for axis in mine:
         inner = product([extents[a] for a in group if a > axis])
-        own = index if constant(inner) == 1 else quotient(index, inner)
+        own = index if constant(inner) == 1 else tirx.FloorDiv(index, inner)
         if axis != group[0]:
-            own = remainder(own, extents[axis])
+            own = tirx.FloorMod(own, extents[axis])
         terms.append(times(own, _stride(tensor, axis)))
     return terms
 

@@ -74,11 +74,6 @@ def quotient(a: Expr, b: Expr) -> Expr:
     return tirx.Div(a, b)
 
 
-def remainder(a: Expr, b: Expr) -> Expr:
-    """a % b, as `quotient`."""
-    return tirx.Mod(a, b)
-
-
 def modulo(a: Expr, b: int) -> Expr:
     """a % b for a power of two, as a mask, from which LLVM sees how short a loop is."""
     value = constant(a)
