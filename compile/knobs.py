@@ -21,6 +21,11 @@ class Knobs:
     long_row, far_long_row      a row of so many bytes is done alone, by wider vectors and with its
                                 sums in registers; or of half as many, where its sums have more to
                                 do (two inputs, several rows a slice)
+    streamed_run,               run_bytes where a block's rows are made ready together to be stored
+    streamed_run_of_two         past the caches (`staged_block`), of one input and of two; rounded
+                                up to slices in vectors
+    streamed_long_row           far_long_row there, of rows that end within a line and have
+                                parameters along them
     slices, slices_of_two       the most slices of a block: contiguous ones of one input, and of two
     channels                    and those that lie apart
     short_row_vector            bytes of the vectors for rows of a block: they lie anywhere, so each
@@ -38,9 +43,14 @@ class Knobs:
                                 order
     streamed_eighths            outputs are stored past the caches where all arrays together exceed
                                 so many eighths of the last level
-    streamed_row                rows from so many elements on are stored past the caches: of shorter
-                                ones too much lies in lines that two of them share
+    streamed_row,               rows alone from so many elements on are stored past the caches: of
+    streamed_ragged             shorter ones too much lies in lines that two of them share. Two of
+                                them, as the code for the shorter ones costs known rows of whole
+                                lines a tenth if they share it
     streamed_apart              as much where they share none
+    streamed_columns            as much where channels are read in columns
+    staged_columns              of rows that go side by side and end within a line, those of up to
+                                so many elements are made ready together; longer ones go one by one
     ahead_most                  the next block is asked for while this one is stored past the caches
                                 where it has no more elements than this
     ahead_short, ahead_long     of two inputs whose blocks follow one another, the next one is asked
@@ -51,6 +61,9 @@ class Knobs:
 
     run_bytes: int = 12 * 1024
     far_run_bytes: int = 4 * 1024
+    streamed_run: int = 8 * 1024
+    streamed_run_of_two: int = 4 * 1024
+    streamed_long_row: int = 2048
     long_row: int = 4096
     far_long_row: int = 1024
     slices: int = 32
@@ -68,6 +81,9 @@ class Knobs:
     whole_columns: int = 8192
     streamed_eighths: int = 7
     streamed_row: int = 512
+    streamed_ragged: int = 256
+    streamed_columns: int = 256
+    staged_columns: int = 512
     streamed_apart: int = 64
     ahead_most: int = 1048576
     ahead_short: int = 2048

@@ -14,8 +14,9 @@ from __future__ import annotations
 from tvm import tirx
 
 from normgraph.compile.knobs import knobs
-from normgraph.compile.slice_plan import SlicePlan
+from normgraph.compile.slice_plan import SlicePlan, Step
 from normgraph.compile.streaming import Streaming
+from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, bind, i64, product, times
 
 
@@ -38,3 +39,10 @@ def next_block(
         wanted = tirx.And(wanted, tirx.Or(short, tirx.GE(elements, i64(knobs().ahead_long))))
     ahead = tirx.Select(wanted, distance, i64(0))
     return bind("ahead", streaming.opaque(ahead), before)
+
+
+def whole_inputs(plan: SlicePlan, step: Step) -> list[Tensor]:
+    """The inputs that a step reads an element of for each of its own."""
+    every = frozenset(plan.wide_axes)
+    read = dict.fromkeys(loads(step.value))
+    return [t for t in read if t.axes == every and t.input_index is not None]

@@ -60,12 +60,13 @@ def output_row(
     whole = tirx.EQ(modulo(elements, streamed.line), i64(0))
     shares_none = tirx.And(whole, tirx.EQ(streamed.unaligned(), i64(0)))
     short = tirx.And(shares_none, tirx.GE(elements, i64(knobs().streamed_apart)))
-    if apart:
-        short = tirx.GE(elements, i64(knobs().streamed_row // 2))
-    fits = tirx.And(large, tirx.Or(tirx.GE(elements, i64(knobs().streamed_row)), short))
+    ragged = tirx.GE(elements, i64(knobs().streamed_columns if apart else knobs().streamed_ragged))
+    fits = tirx.Or(tirx.GE(elements, i64(knobs().streamed_row)), short)
     if len(streams) > 1:
-        fits = tirx.And(fits, whole)
-    return when(fits, streamed.emit(), cached)
+        fits, ragged = tirx.And(fits, whole), tirx.And(ragged, whole)
+    # Two copies, as the first one of known short rows needs no code for parts of lines.
+    others = when(tirx.And(large, ragged), streamed.emit(), cached)
+    return when(tirx.And(large, fits), streamed.emit(), others)
 
 
 def can_stream(length: Length) -> bool:
@@ -92,10 +93,17 @@ class _StreamedRow:
         head = bind("head", least(self.unaligned(), self.length), body)
         count = tirx.Sub(self.length, head)
         steps = bind("steps", floordiv(count, self.step), body)
-        done = bind("done", plus(head, times(steps, i64(self.step))), body)
-        body.append(self._cached(i64(0), head))
-        body.append(loop(steps, lambda k: self._lines(head, k), name="line"))
-        body.append(self._cached(done, tirx.Sub(self.length, done)))
+        stepped = bind("stepped", plus(head, times(steps, i64(self.step))), body)
+        lines = bind("lines", floordiv(modulo(count, self.step), self.line), body)
+        done = bind("done", plus(stepped, times(lines, i64(self.line))), body)
+        body += [
+            self._cached(i64(0), head),
+            loop(steps, lambda k: self._lines(head, k, self.step), name="line"),
+            loop(lines, lambda k: self._lines(stepped, k, self.line), name="line")
+            if self.step > self.line
+            else seq([]),
+            self._cached(done, tirx.Sub(self.length, done)),
+        ]
         return seq(body)
 
     def unaligned(self) -> Expr:
@@ -122,10 +130,10 @@ class _StreamedRow:
             ]
         )
 
-    def _lines(self, head: Expr, k: Expr) -> Stmt:
+    def _lines(self, start: Expr, k: Expr, step: int) -> Stmt:
         stmts: list[Stmt] = []
-        for first in range(0, self.step, self.line):
-            base = plus(head, plus(times(k, i64(self.step)), i64(first)))
+        for first in range(0, step, self.line):
+            base = plus(start, plus(times(k, i64(step)), i64(first)))
             stmts.extend(self._line(base))
         return seq(stmts)
 

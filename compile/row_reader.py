@@ -14,8 +14,10 @@ from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.coefficients import dtype_of
 from normgraph.compile.half_types import HALF_TYPES
 from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.next_block import whole_inputs
 from normgraph.compile.row_kernel import RowStore, RowSum
 from normgraph.compile.slice_plan import Step
+from normgraph.compile.staged_block import StagedBlock
 from normgraph.compile.tensor_program import Apply, Load, Node, Scalar, Tensor, loads
 from normgraph.compile.tir import Expr, Stmt, bind, i64, plus, seq, times
 
@@ -97,7 +99,7 @@ class RowReader:
     What is the same along the row is computed once in front of it, into `before`. `c` is the row's
     slice in the block; a row over the slices themselves begins at slice `start` instead. `ahead`:
     how many elements behind a row the one lies that is read in its place in the next block; 0 where
-    that is not asked for.
+    that is not asked for. `staged`: where the block's elements of an output are made ready.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class RowReader:
         before: list[Stmt],
         start: Expr | None = None,
         ahead: Expr | None = None,
+        staged: StagedBlock | None = None,
     ) -> None:
         self.memory = memory
         self.at = at
@@ -117,6 +120,7 @@ class RowReader:
         self.before = before
         self.start = i64(0) if start is None else start
         self.ahead = ahead
+        self.staged = staged
         self.fixed: dict[Tensor, Expr] = {}
         self.bases: dict[tuple[Any, ...], Expr] = {}
 
@@ -194,21 +198,20 @@ class RowReader:
                 tensor.dtype,
                 twice=tensor.dtype in ("float32", "float64"),
             )
+        staged = self.staged
+        if staged is not None:
+            return RowStore(
+                value, lambda index, value, new: staged.put(value, place(index)), tensor.dtype
+            )
+        inputs = [] if self.ahead is None else whole_inputs(frame.plan, step)
         return RowStore(
             value,
             lambda index, value, new: frame.write_output(step, value, place(index)),
             tensor.dtype,
             stream=lambda index: frame.load(tensor, place(index)),
-            ahead=[self._ahead(t) for t in self._whole_inputs(step)],
+            ahead=[self._ahead(t) for t in inputs],
             asks=None if self.ahead is None else tirx.NE(self.ahead, i64(0)),
         )
-
-    def _whole_inputs(self, step: Step) -> list[Tensor]:
-        if self.ahead is None:
-            return []
-        every = frozenset(self.memory.frame.plan.wide_axes)
-        read = dict.fromkeys(loads(step.value))
-        return [t for t in read if t.axes == every and t.input_index is not None]
 
     def _ahead(self, tensor: Tensor) -> Callable[[Expr], Expr]:
         """The element of an input that is read in the next block for one of this row."""

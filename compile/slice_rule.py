@@ -26,8 +26,9 @@ Strategy.
  6. Each output has a request of two bits (null, write, add). A pass whose outputs are all written
     runs as one loop; otherwise each requested output, and each group of sums it needs, by itself.
  7. Where what is read and written is more than 7/8 of the last-level cache, outputs are stored past
-    it (`streaming`), line by line (`output_row`), but for rows so short that much of them lies in
-    lines shared with neighbours. With each line, what is read in its place in the next block is
+    it (`streaming`), line by line (`output_row`); those of short rows that follow one another from
+    memory in which the block's are made ready (`staged_block`), as much of them lies in lines that
+    two of them share. With each line, what is read in its place in the next block is
     asked for where that gains (`next_block`); not where rows of a block go side by side, or all
     columns together.
 
@@ -102,6 +103,8 @@ NAME = "slices"
 # this, so that there are more tasks.
 _FEWEST_COLUMNS = 256
 _FEWEST_SHARED = 32
+# Of a block that is streamed: elements of a vector of 32 bytes.
+_SLICES_IN_VECTOR = 8
 
 
 def apply(func: Any, outputs: Sequence[str], target: Target) -> Any | None:
@@ -255,13 +258,21 @@ class _Emitter:
         """Whether a row's outputs are streamed where it is alone, and not beside others.
 
         That is so for long rows that end within a line, for the lines of rows side by side have to
-        begin together (`output_row`).
+        begin together (`output_row`), or the rows be short enough to be made ready together.
         """
+        length = product([self.extents[a] for a in self.inner_axes])
+        return tirx.And(self._ragged(), tirx.GT(length, i64(self.knobs.staged_columns)))
+
+    def _ragged(self) -> Expr:
+        """Whether rows end within a line of an output."""
         length = product([self.extents[a] for a in self.inner_axes])
         written = _whole(self.plan, self.program.outputs)
         lines = [self.streaming.line(t.dtype) for t in written]
-        ragged = tirx.NE(modulo(length, max(lines, default=1)), i64(0))
-        return tirx.And(ragged, tirx.GE(length, i64(self.knobs.streamed_row)))
+        return tirx.NE(modulo(length, max(lines, default=1)), i64(0))
+
+    def _has_parameters_along_rows(self) -> bool:
+        whole = self._whole_inputs()
+        return any(self.inner_axes[-1] in t.axes for t in self.program.inputs if t not in whole)
 
     def _blocks(self) -> Stmt:
         one = len(self._whole_inputs()) == 1
@@ -302,7 +313,8 @@ class _Emitter:
 
     def _longest_of_several(self) -> int:
         """The most elements of the slices that go together: see `_slices_in_block`."""
-        return (max(self.knobs.long_row, self.knobs.far_long_row) - 1) // 4
+        longest = (self.knobs.long_row, self.knobs.far_long_row, self.knobs.streamed_long_row)
+        return (max(longest) - 1) // 4
 
     def _slices_in_block(self, most: int, row_bytes: Expr) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.
@@ -313,7 +325,17 @@ class _Emitter:
         if not self.plan.lead_axes:
             run = tirx.Select(self.far, i64(self.knobs.far_run_bytes), run)
             alone = tirx.Select(self.far, i64(self.knobs.far_long_row), alone)
+            if self._has_parameters_along_rows():
+                # Ends of lines, element by element, take long where each has parameters.
+                staged = tirx.And(self.large, self._ragged())
+                alone = tirx.Select(staged, i64(self.knobs.streamed_long_row), alone)
+            own = self.knobs.streamed_run if simple else self.knobs.streamed_run_of_two
+            run = tirx.Select(self.large, i64(own), run)
         run = _ceildiv(run, row_bytes)
+        if not self.plan.lead_axes:
+            # What has one element a slice is computed in vectors of so many.
+            whole = times(_ceildiv(run, i64(_SLICES_IN_VECTOR)), i64(_SLICES_IN_VECTOR))
+            run = tirx.Select(tirx.And(self.large, tirx.LE(whole, i64(most))), whole, run)
         size = tirx.Max(tirx.Min(tirx.Min(run, i64(most)), share), i64(1))
         return tirx.Select(tirx.GE(row_bytes, alone), i64(1), size)
 

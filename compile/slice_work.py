@@ -15,7 +15,8 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.next_block import next_block
+from normgraph.compile.knobs import knobs
+from normgraph.compile.next_block import next_block, whole_inputs
 from normgraph.compile.output_row import can_stream, output_row
 from normgraph.compile.row_kernel import (
     RowStore,
@@ -28,14 +29,17 @@ from normgraph.compile.row_lengths import Length, by_length
 from normgraph.compile.row_reader import Block, RowReader, column_sum
 from normgraph.compile.slice_plan import Pass, SlicePlan, Step
 from normgraph.compile.slice_values import SliceValues
+from normgraph.compile.staged_block import StagedBlock
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.tensor_program import Tensor, loads
 from normgraph.compile.tir import (
     Expr,
     Stmt,
+    bind,
     i64,
     load,
     loop,
+    modulo,
     nest,
     plus,
     product,
@@ -212,14 +216,19 @@ class SliceWork:
             first = self._inner(sums, at, add, parts) if sums else None
             return seq([first, self._columns(steps, columns, row_axes, add)])
 
-        def rows(length: Length, large: Expr | None) -> Stmt:
+        def rows(length: Length, large: Expr | None, staged: StagedBlock | None = None) -> Stmt:
             def between(c: Expr, index: list[Expr]) -> Stmt:
                 here = at.at(dict(zip(middle, index, strict=True)))
                 here = here.along(self.plan.slice_axes, plus(self.block.start, c))
-                return self._row(steps, here, row_axes, c, add, parts, length, large)
+                return self._row(steps, here, row_axes, c, add, parts, length, large, staged)
 
             extents = [(f"m{a}", self.extents[a]) for a in middle]
-            return self.values.each_slice(lambda c: nest(extents, lambda index: between(c, index)))
+
+            def one(c: Expr) -> Stmt:
+                done = nest(extents, lambda index: between(c, index))
+                return done if staged is None else seq([staged.follow(c), done])
+
+            return self.values.each_slice(one)
 
         def code(length: Length) -> Stmt:
             sample = steps[0].sample
@@ -233,9 +242,38 @@ class SliceWork:
             return when(self.large, rows(length, self.large), rows(length, None))
 
         count = product([self.extents[a] for a in row_axes])
-        if exact:
-            return by_length(count, self.block.longest, self.lanes, code)
-        return code(Length.of(count, self.block.longest))
+
+        def each(code: Callable[[Length], Stmt]) -> Stmt:
+            if exact:
+                return by_length(count, self.block.longest, self.lanes, code)
+            return code(Length.of(count, self.block.longest))
+
+        if add or self.block.most == 1 or self.plan.lead_axes or len(steps) > 1 or steps[0].is_sum:
+            return each(code)
+        staged = self._staged(steps[0])
+        past = staged.emit(each(lambda length: rows(length, None, staged)), followed=True)
+        return when(self.large, past, each(lambda length: rows(length, None)))
+
+    def _staged(self, step: Step) -> StagedBlock:
+        """Where the block's rows of an output are made ready to be streamed."""
+        tensor, block, before = step.op.out, self.block, list[Stmt]()
+        at = Position().along(self.plan.slice_axes, block.start)
+        elements = bind("elements", times(block.count, self.plan.row_length), before)
+        end = plus(block.start, block.count)
+        ahead = next_block(self.plan, self.streaming, end, elements, before)
+        first = offset(tensor, at, self.extents)
+        inputs = whole_inputs(self.plan, step)
+        return StagedBlock(
+            self.frame,
+            tensor,
+            first,
+            block.count,
+            self.plan.row_length,
+            streaming=self.streaming,
+            inputs=inputs,
+            ahead=ahead,
+            before=before,
+        )
 
     def _row_axes(self, steps: list[Step]) -> tuple[int, ...]:
         """The longest run of last axes along which every operand is contiguous or constant."""
@@ -257,12 +295,13 @@ class SliceWork:
         parts: dict[Tensor, Any],
         length: Length,
         large: Expr | None,
+        staged: StagedBlock | None,
     ) -> Stmt:
         stmts: list[Stmt] = []
         end = plus(self.block.start, self.block.count)
         distance = times(self.block.count, self.plan.row_length)
         ahead = next_block(self.plan, self.streaming, end, distance, stmts)
-        reader = RowReader(self.memory, at, row_axes, c, stmts, ahead=ahead)
+        reader = RowReader(self.memory, at, row_axes, c, stmts, ahead=ahead, staged=staged)
         sums: list[RowSum] = []
         stores: list[RowStore] = []
         for step in steps:
@@ -299,11 +338,35 @@ class SliceWork:
         """All rows of the block side by side, so that column sums are kept in registers."""
         if row_axes != self.inner_axes:
             raise NotCanonical("column sums over slices of several rows")
-        stmts: list[Stmt] = []
-        readers = []
-        for k in range(self.block.most):
-            at = self.values.position(i64(k))
-            readers.append(RowReader(self.memory, at, row_axes, i64(k), stmts))
+        length = Length.of(product([self.extents[a] for a in row_axes]))
+        outputs = [step for step in steps if not step.is_sum]
+
+        def rows(staged: StagedBlock | None) -> Stmt:
+            stmts: list[Stmt] = []
+            readers = []
+            for k in range(self.block.most):
+                at = self.values.position(i64(k))
+                readers.append(RowReader(self.memory, at, row_axes, i64(k), stmts, staged=staged))
+            stores = self._column_sums(readers, columns, row_axes)
+            for step in outputs:
+                stores += [reader.output(step, add) for reader in readers]
+            large = self.large if staged is None else None
+            return seq([*stmts, self._outputs(length, stores, 1, large)])
+
+        if add or self.block.most == 1 or len(outputs) != 1:
+            return rows(None)
+        line = self.streaming.line(outputs[0].op.out.dtype)
+        short = tirx.LE(length.elements, i64(knobs().staged_columns))
+        ragged = tirx.And(short, tirx.NE(modulo(length.elements, line), i64(0)))
+        staged = self._staged(outputs[0])
+        return when(
+            tirx.And(self.large, ragged), staged.emit(rows(staged), followed=False), rows(None)
+        )
+
+    def _column_sums(
+        self, readers: list[RowReader], columns: list[Step], row_axes: tuple[int, ...]
+    ) -> list[RowStore]:
+        """The rows side by side, added to their row range's partial sums."""
         chunk = self.block.chunk
         assert chunk is not None
         partials = self.frame.partials
@@ -313,11 +376,7 @@ class SliceWork:
             tensor = step.op.out
             start = plus(times(chunk, element_count(tensor)), offset(tensor, first, self.extents))
             stores.append(column_sum(readers, step, partials[tensor], start))
-        for step in steps:
-            if not step.is_sum:
-                stores += [reader.output(step, add) for reader in readers]
-        length = Length.of(product([self.extents[a] for a in row_axes]))
-        return seq([*stmts, self._outputs(length, stores, 1, self.large)])
+        return stores
 
 
 def _runs_along(step: Step, run: frozenset[int]) -> bool:

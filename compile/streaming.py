@@ -7,19 +7,16 @@ functions are brought along and inlined.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tvm import tirx
 from tvm.ir.expr import StringImm
 
+from normgraph.compile.cache_size import USUAL, last_level_cache
 from normgraph.compile.targets import Target
 from normgraph.compile.tir import Expr, Stmt
 
 _LLVM_TYPES = {"float32": "float", "float64": "double", "float16": "half", "bfloat16": "i16"}
 _BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 _LINE = 64
-# Where the machine that will run the kernel is not known.
-_USUAL_CACHE = 32 << 20
 
 
 class Streaming:
@@ -30,8 +27,9 @@ class Streaming:
         self.aligned: set[str] = set()
         self.prefetches = False
         self.hides = False
+        self.wide = target.vector_bytes == 64
         self.x86 = target.triple.startswith("x86_64")
-        self.cache_bytes = last_level_cache() if target.name == "cpu" else _USUAL_CACHE
+        self.cache_bytes = last_level_cache() if target.name == "cpu" else USUAL
 
     def line(self, dtype: str) -> int:
         """The elements of a cache line."""
@@ -80,7 +78,7 @@ class Streaming:
 
     def _functions(self) -> str:
         lines = [line for each in sorted(self.aligned) for line in _count_function(each)]
-        lines += [line for each in sorted(self.used) for line in _store_function(*each)]
+        lines += [line for each in sorted(self.used) for line in _store_function(*each, self.wide)]
         lines += _PREFETCH if self.prefetches else []
         lines += _OPAQUE if self.hides else []
         # x86 orders such stores by sfence only; elsewhere the end of the task does.
@@ -113,20 +111,21 @@ def _count_function(dtype: str) -> list[str]:
     ]
 
 
-def _store_function(dtype: str, lanes: int) -> list[str]:
-    stored = f"<{lanes} x {_LLVM_TYPES[dtype]}>"
+def _store_function(dtype: str, lanes: int, wide: bool) -> list[str]:
+    given, words = f"<{lanes} x {_LLVM_TYPES[dtype]}>", f"<{_LINE // 4} x i32>"
+    lines = [f"define i32 @normgraph_stream_{dtype}x{lanes}(ptr %p, {given} %v) {{"]
+    stored = f"{given} %v"
+    if wide and dtype == "float16" and lanes * _BYTES[dtype] == _LINE:
+        # For AVX-512 LLVM has no such store of halves and takes the usual one, and it looks through
+        # a cast. Not through assembly, be it empty.
+        lines += [
+            f"  %words = bitcast {given} %v to {words}",
+            f'  %same = call {words} asm "", "=v,0"({words} %words)',
+        ]
+        stored = f"{words} %same"
     return [
-        f"define i32 @normgraph_stream_{dtype}x{lanes}(ptr %p, {stored} %v) {{",
-        f"  store {stored} %v, ptr %p, align {_LINE}, !nontemporal !0",
+        *lines,
+        f"  store {stored}, ptr %p, align {_LINE}, !nontemporal !0",
         "  ret i32 0",
         "}",
     ]
-
-
-def last_level_cache() -> int:
-    """This machine's, in bytes."""
-    caches = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = [path.read_text().strip() for path in sorted(caches.glob("index*/size"))]
-    units = {"K": 1 << 10, "M": 1 << 20}
-    known = [int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units and s[:-1].isdigit()]
-    return max(known, default=_USUAL_CACHE)

@@ -62,6 +62,12 @@ TRIALS = (
     Trial("far_run_bytes", (2 << 10, 12 << 10), _at("layer", "65536x200"), ("forward",)),
     Trial("long_row", (2048, 8192), _at("instance", "64x64x28x28", "32x64x40x40")),
     Trial("far_long_row", (512, 4096), _at("instance", "128x256x18x18", "64x512x28x28")),
+    Trial("streamed_run", (4 << 10, 16 << 10), _at("instance", "256x256x14x14"), ("forward",)),
+    Trial("streamed_run", (4 << 10, 16 << 10), _at("layer", "262144x45"), ("forward",)),
+    Trial(
+        "streamed_run_of_two", (2 << 10, 8 << 10), _at("instance", "256x256x14x14"), ("backward",)
+    ),
+    Trial("streamed_long_row", (1 << 10, 4 << 10), _at("layer", "65536x301"), ("forward",)),
     Trial("slices", (16, 64), _at("instance", "256x512x3x3"), ("forward",)),
     Trial("slices_of_two", (16, 64), _at("instance", "256x512x3x3"), ("backward",)),
     Trial("channels", (32, 128), _at("batch", "4x2048x6x6")),
@@ -79,6 +85,9 @@ TRIALS = (
     Trial("streamed_eighths", (6, 8, 12), _at("instance", "16x64x64x64", "32x64x56x56")),
     Trial("streamed_eighths", (6, 8, 12), _at("batch", "16x64x64x64", "32x64x56x56")),
     Trial("streamed_row", (256, 1024), _at("instance", "256x256x18x18", "64x512x28x28")),
+    Trial("streamed_ragged", (128, 512), _at("instance", "256x256x18x18", "128x128x22x22")),
+    Trial("streamed_columns", (128, 512), _at("batch", "128x256x18x18")),
+    Trial("staged_columns", (0, 2048), _at("layer", "131072x105", "65536x301"), ("backward",)),
     Trial("streamed_apart", (32, 256), _at("layer", "131072x128", "65536x192"), ("forward",)),
     Trial("ahead_short", (0, 8192), _at("instance", "128x64x40x40", "64x64x80x80"), ("backward",)),
     Trial("ahead_long", (4096, 524288), _at("instance", "48x1x512x512"), ("backward",)),

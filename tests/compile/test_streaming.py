@@ -15,7 +15,7 @@ from tvm import tirx
 
 import normgraph
 from normgraph import NormSpec
-from normgraph.compile import pipeline, streaming
+from normgraph.compile import codegen, pipeline, streaming
 from normgraph.compile.output_row import output_row
 from normgraph.compile.row_kernel import RowStore
 from normgraph.compile.row_lengths import Length
@@ -23,18 +23,35 @@ from normgraph.compile.targets import resolve
 from normgraph.graphs import build, reference
 
 Array = NDArray[Any]
-# Rows shorter than what is streamed, of every length modulo a vector, of one alignment and not; of
-# batch norm also in columns, which are streamed where a block has enough of them.
-SHAPES = {
-    "instance_norm": (("N", 5, "H", "W"), ((3, 5, 61, 67), (40, 5, 13, 13), (9, 5, 64, 64))),
-    "batch_norm": (
+# Rows of every length modulo a vector, of one alignment and not; of batch norm also in columns,
+# which are streamed where a block has enough of them. Short ones go through memory of their block,
+# also where that is less than what lies in front of a line.
+CASES: tuple[tuple[str, tuple[int | str, ...], tuple[tuple[int, ...], ...]], ...] = (
+    (
+        "instance_norm",
+        ("N", 5, "H", "W"),
+        (
+            (3, 5, 61, 67),
+            (40, 5, 13, 13),
+            (9, 5, 64, 64),
+            (9, 5, 18, 18),
+            (61, 5, 7, 7),
+            (1, 5, 1, 3),
+        ),
+    ),
+    (
+        "batch_norm",
         ("N", 5, "H", "W"),
         ((3, 5, 61, 67), (300, 5, 5, 5), (40, 5, 19, 17), (9, 5, 64, 64)),
     ),
-    "group_norm": (("N", 6, "H", "W"), ((9, 6, 31, 37),)),
-    "layer_norm": (("N", 1000), ((70, 1000),)),
-    "rms_norm": (("N", 1024), ((70, 1024),)),
-}
+    ("group_norm", ("N", 6, "H", "W"), ((9, 6, 31, 37), (41, 6, 3, 5))),
+    ("layer_norm", ("N", 1000), ((70, 1000),)),
+    ("layer_norm", ("N", 301), ((70, 301), (3, 301))),
+    ("layer_norm", ("N", 45), ((333, 45),)),
+    ("layer_norm", ("N", 5), ((1, 5), (70, 5))),
+    ("rms_norm", ("N", 1024), ((70, 1024),)),
+    ("rms_norm", ("N", 105), ((70, 105),)),
+)
 # For the half types one unit in the last place of the largest value.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -73,9 +90,16 @@ def _marks_left(array: Array) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("op", SHAPES)
-def test_every_alignment(op: str, dtype: str, streamed: Callable[..., Any]) -> None:
-    declared, shapes = SHAPES[op]
+@pytest.mark.parametrize(
+    ("op", "declared", "shapes"), CASES, ids=[f"{op}-{declared[1]}" for op, declared, _ in CASES]
+)
+def test_every_alignment(
+    op: str,
+    declared: tuple[int | str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: str,
+    streamed: Callable[..., Any],
+) -> None:
     spec = NormSpec(op, groups=2 if op == "group_norm" else None)
     operator = streamed(spec, declared, dtype)
     own = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -152,7 +176,8 @@ def test_whole_lines_are_streamed(dtype: str, lanes: int, rows: int) -> None:
     body = output_row(length, stores, lanes=lanes, unroll=1, streaming=own, large=large)
     lengths = re.findall(rf"normgraph_stream_{dtype}x(\d+)", str(body))
     own_type = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    assert len(lengths) == rows
+    # Once for rows that are long or whole lines, once for shorter ones.
+    assert len(lengths) == 2 * rows
     assert all(int(each) * own_type.itemsize % 64 == 0 for each in lengths)
 
 
@@ -173,8 +198,16 @@ def test_what_the_next_block_reads_is_asked_for(op: str, kind: str) -> None:
     assert set(asked) == ({"x"} if kind == "forward" else {"dy", "x"})
 
 
-def test_the_cache_of_this_machine_is_known() -> None:
-    assert 1 << 18 <= streaming.last_level_cache() <= 1 << 34
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_machine_code_streams(dtype: str, target: str) -> None:
+    """LLVM takes the usual store for what it has no other one for, without a word."""
+    model = build(NormSpec("layer_norm"), "forward", shape=("N", 1024), dtype=dtype)
+    made = pipeline.schedule(
+        "forward", model, resolve(target), pipeline.Dump(None), lambda line: None
+    )
+    module = codegen.generate({"forward": made.func}, resolve(target).to_tvm())
+    assert re.search(r"\bvmovntp?\w+\s+%[yz]mm", module.inspect_source("asm"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
