@@ -26,7 +26,7 @@ from tvm.target import codegen
 
 import normgraph
 from normgraph import graphs as graph_layer
-from normgraph.compile import cuda_compilers, link, streaming
+from normgraph.compile import cache_size, cuda_compilers, link
 from normgraph.compile.graph_files import Graph
 from normgraph.compile.knobs import knobs
 from normgraph.compile.targets import Target
@@ -71,7 +71,7 @@ def build_key(graphs: Sequence[Graph], goals: Sequence[Target], self_test: bool)
             "targets": [_target(goal) for goal in goals],
             "self_test": self_test,
             "knobs": dataclasses.asdict(knobs()),
-            "cache": streaming.last_level_cache(),
+            "cache": cache_size.last_level_cache(),
             "normgraph": [normgraph.__version__, _AT_IMPORT],
             "packages": {name: version(name) for name in _PACKAGES},
             "tvm": [

@@ -10,7 +10,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.ir.expr import StringImm
 
-from normgraph.compile.cache_size import USUAL, last_level_cache
+from normgraph.compile import cache_size
 from normgraph.compile.targets import Target
 from normgraph.compile.tir import Expr, Stmt
 
@@ -29,7 +29,8 @@ class Streaming:
         self.hides = False
         self.wide = target.vector_bytes == 64
         self.x86 = target.triple.startswith("x86_64")
-        self.cache_bytes = last_level_cache() if target.name == "cpu" else USUAL
+        usual = cache_size.USUAL
+        self.cache_bytes = cache_size.last_level_cache() if target.name == "cpu" else usual
 
     def line(self, dtype: str) -> int:
         """The elements of a cache line."""

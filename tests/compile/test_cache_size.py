@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from normgraph import NormSpec
-from normgraph.compile import cache_size, graph_files, streaming
+from normgraph.compile import cache_size, graph_files
 from normgraph.compile.cache_key import build_key
 from normgraph.compile.targets import resolve
 from normgraph.graphs import export
@@ -59,5 +59,5 @@ def test_a_build_for_another_cache_is_another_build(
     export(NormSpec("layer_norm"), shape=("N", 8), out=tmp_path, kinds=["forward"])
     graphs, target = graph_files.read(tmp_path), resolve("cpu")
     usual = build_key(graphs, [target], True)
-    monkeypatch.setattr(streaming, "last_level_cache", lambda: 3 * MB)
+    monkeypatch.setattr(cache_size, "last_level_cache", lambda: 3 * MB)
     assert build_key(graphs, [target], True) not in (usual, None)

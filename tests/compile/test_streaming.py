@@ -15,7 +15,7 @@ from tvm import tirx
 
 import normgraph
 from normgraph import NormSpec
-from normgraph.compile import codegen, pipeline, streaming
+from normgraph.compile import cache_size, codegen, pipeline, streaming
 from normgraph.compile.output_row import output_row
 from normgraph.compile.row_kernel import RowStore
 from normgraph.compile.row_lengths import Length
@@ -59,7 +59,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 2.0**-10, "bfloat16":
 @pytest.fixture
 def streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Builds an operator whose outputs count as larger than the caches at any size."""
-    monkeypatch.setattr(streaming, "last_level_cache", lambda: 0)
+    monkeypatch.setattr(cache_size, "last_level_cache", lambda: 0)
 
     def build(spec: NormSpec, shape: tuple[int | str, ...], dtype: str = "float32") -> Any:
         return normgraph.build(
