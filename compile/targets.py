@@ -38,7 +38,8 @@ class Target:
     """What `compile.build` compiles for.
 
     name: as given to `build`. triple, mcpu: as LLVM has them. features: the instruction sets a
-    host must have. vector_bytes: size of a vector register, or of a CUDA thread's widest access.
+    host must have. added, disabled: where those differ from LLVM's model of mcpu.
+    vector_bytes: size of a vector register, or of a CUDA thread's widest access.
     archs: of a CUDA target what it has machine code for; triple and mcpu are then the host's.
     """
 
@@ -47,6 +48,7 @@ class Target:
     triple: str
     mcpu: str
     features: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     disabled: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
 
@@ -97,8 +99,8 @@ class Target:
             device = tvm.target.Target({"kind": "cuda", "arch": self.archs[0]})
             return device.with_host(tvm.target.Target(_host_config(self.triple, self.mcpu)))
         config = _host_config(self.triple, self.mcpu)
-        if self.disabled:
-            config["mattr"] = [f"-{feature}" for feature in self.disabled]
+        if changes := [*(f"+{f}" for f in self.added), *(f"-{f}" for f in self.disabled)]:
+            config["mattr"] = changes
         return tvm.target.Target(config)
 
 
@@ -209,19 +211,26 @@ def _described(name: str, description: str, triple: str, mcpu: str) -> Target:
 
 
 def _host(name: str, description: str) -> Target:
-    """This machine: LLVM's model of its CPU, less what the system does not offer."""
+    """This machine: LLVM's model of its CPU, with the features that the system offers.
+
+    A virtual machine may hide some of a CPU's and show a model's number that has fewer.
+    """
     triple = _X86_TRIPLE if machine() == "x86_64" else _ARM_TRIPLE
     mcpu = str(codegen.llvm_get_system_cpu())
     modelled = _features(triple, mcpu)
-    offered = tuple(f for f in modelled if has_feature(f, cpu_flags()))
-    missing = tuple(f for f in modelled if f not in offered)
-    return Target(name, description, triple, mcpu, offered, missing)
+    offered = tuple(f for f in _known_features(triple) if has_feature(f, cpu_flags()))
+    added = tuple(f for f in offered if f not in modelled)
+    disabled = tuple(f for f in modelled if f not in offered)
+    return Target(name, description, triple, mcpu, offered, added, disabled)
 
 
 def _features(triple: str, mcpu: str) -> tuple[str, ...]:
-    names = _X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES
     enabled = _enabled(triple, mcpu)
-    return tuple(feature for feature in names.split() if feature in enabled)
+    return tuple(feature for feature in _known_features(triple) if feature in enabled)
+
+
+def _known_features(triple: str) -> list[str]:
+    return (_X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES).split()
 
 
 def _enabled(triple: str, mcpu: str) -> set[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tvm.target import codegen
 
 from normgraph import NormSpec
 from normgraph.compile import build, known_targets, link, resolve, targets
@@ -91,6 +92,29 @@ def test_cpu_asks_for_nothing_this_machine_lacks() -> None:
         flag = linux.get(feature, feature)
         assert re.sub(r"[._]", "", flag) in plain, feature
     assert resolve("cpu").runs_here
+
+
+@pytest.mark.skipif(not X86, reason="models of x86-64 CPUs")
+@pytest.mark.parametrize("model", ["nehalem", "x86-64-v2", "diamondrapids"])
+def test_cpu_has_what_the_system_offers_whatever_model_llvm_sees(
+    model: str, monkeypatch: pytest.MonkeyPatch, compile_models: Callable[..., Any]
+) -> None:
+    """A virtual machine may show an older CPU's number, or hide features of its own."""
+    here = resolve("cpu")
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: model)
+    target = resolve("cpu")
+    assert (target.mcpu, target.features) == (model, here.features)
+    assert {"avx2", "avx512f", "avx512bf16"} & set(target.features) == {
+        feature.replace("_", "") for feature in {"avx2", "avx512f", "avx512_bf16"} & _flags()
+    }
+    known = {str(feature) for feature in codegen.llvm_get_cpu_features(target.to_tvm())}
+    assert set(target.features) <= known
+    assert not set(target.disabled) & known
+    assert target.runs_here
+    spec = NormSpec("layer_norm")
+    models = {"backward": build_graph(spec, "backward", ("N", 67), "bfloat16")}
+    kernels = compile_models(spec, models, target="cpu")
+    kernels.check("backward", kernels.inputs("backward", {"N": 37}))
 
 
 def test_x86_levels_need_more_and_more() -> None:
