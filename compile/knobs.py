@@ -51,10 +51,12 @@ class Knobs:
     streamed_columns            as much where channels are read in columns
     staged_columns              of rows that go side by side and end within a line, those of up to
                                 so many elements are made ready together; longer ones go one by one
-    ahead_most                  the next block is asked for while this one is stored past the caches
-                                where it has no more elements than this
-    ahead_short, ahead_long     of two inputs whose blocks follow one another, the next one is asked
-                                for up to, and from, so many elements of it, and not between
+    turned                      slices of so many bytes of all inputs are taken from the end to the
+                                front by their outputs (`turned_order`): more than L2 keeps
+    ahead_bytes,                the next block is asked for while this one is stored past the caches
+    ahead_bytes_of_two          where no more bytes of it than this are read: of one input or from
+                                far apart, and of two inputs whose blocks follow one another
+    ahead_short, ahead_long     of such two up to, and from, so many elements, and not between
     serial                      up to so many elements the calling thread works alone: a launch of
                                 the thread pool costs more than it gains
     """
@@ -85,9 +87,11 @@ class Knobs:
     streamed_columns: int = 256
     staged_columns: int = 512
     streamed_apart: int = 64
-    ahead_most: int = 1048576
+    turned: int = 1536 * 1024
+    ahead_bytes: int = 1024 * 1024
+    ahead_bytes_of_two: int = 384 * 1024
     ahead_short: int = 2048
-    ahead_long: int = 131072
+    ahead_long: int = 16384
     serial: int = 32768
 
 

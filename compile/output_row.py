@@ -23,6 +23,7 @@ from normgraph.compile.tir import (
     Expr,
     Stmt,
     bind,
+    both,
     floordiv,
     i64,
     least,
@@ -34,6 +35,7 @@ from normgraph.compile.tir import (
     vector_loop,
     when,
 )
+from normgraph.compile.turned_order import TurnedOrder, step_of
 
 
 def output_row(
@@ -45,25 +47,27 @@ def output_row(
     streaming: Streaming,
     large: Expr | None,
     apart: bool = False,
+    order: TurnedOrder | None = None,
 ) -> Stmt:
     """A row without sums, or several side by side, past the caches where that can be.
 
-    large: whether the arrays ask for it; None for no. apart: the next row lies elsewhere. Streamed
-    outputs have one alignment.
+    large: whether the arrays ask for it; None for no. apart: the next row lies elsewhere. order:
+    of the row's vectors or lines. Several outputs are streamed where lines begin at one element.
     """
-    cached = row(length, [], stores, lanes=lanes, unroll=unroll)
+    cached = row(length, [], stores, lanes=lanes, unroll=unroll, order=order)
     streams = [s for s in stores if s.stream is not None]
     if large is None or not streams or not can_stream(length):
         return cached
     elements = length.elements
-    streamed = _StreamedRow(elements, stores, lanes, unroll, streaming)
+    streamed = _StreamedRow(elements, stores, lanes, unroll, streaming, order)
     whole = tirx.EQ(modulo(elements, streamed.line), i64(0))
     shares_none = tirx.And(whole, tirx.EQ(streamed.unaligned(), i64(0)))
     short = tirx.And(shares_none, tirx.GE(elements, i64(knobs().streamed_apart)))
     ragged = tirx.GE(elements, i64(knobs().streamed_columns if apart else knobs().streamed_ragged))
     fits = tirx.Or(tirx.GE(elements, i64(knobs().streamed_row)), short)
     if len(streams) > 1:
-        fits, ragged = tirx.And(fits, whole), tirx.And(ragged, whole)
+        alike = tirx.And(whole, streamed.alike())
+        fits, ragged = tirx.And(fits, alike), tirx.And(ragged, alike)
     # Two copies, as the first one of known short rows needs no code for parts of lines.
     others = when(tirx.And(large, ragged), streamed.emit(), cached)
     return when(tirx.And(large, fits), streamed.emit(), others)
@@ -78,7 +82,13 @@ class _StreamedRow:
     """`line`: elements of a cache line; `step`: of a turn of the loop."""
 
     def __init__(
-        self, length: Expr, stores: list[RowStore], lanes: int, unroll: int, streaming: Streaming
+        self,
+        length: Expr,
+        stores: list[RowStore],
+        lanes: int,
+        unroll: int,
+        streaming: Streaming,
+        order: TurnedOrder | None,
     ) -> None:
         self.length = length
         self.stores = stores
@@ -87,6 +97,7 @@ class _StreamedRow:
         self.line = max(lanes, *(streaming.line(s.dtype) for s in self.streams))
         self.step = max(self.line, lanes * unroll)
         self.streaming = streaming
+        self.order = order
 
     def emit(self) -> Stmt:
         body: list[Stmt] = []
@@ -96,9 +107,10 @@ class _StreamedRow:
         stepped = bind("stepped", plus(head, times(steps, i64(self.step))), body)
         lines = bind("lines", floordiv(modulo(count, self.step), self.line), body)
         done = bind("done", plus(stepped, times(lines, i64(self.line))), body)
+        step = step_of(self.order, steps, body)
         body += [
             self._cached(i64(0), head),
-            loop(steps, lambda k: self._lines(head, k, self.step), name="line"),
+            loop(steps, lambda k: self._lines(head, step(k), self.step), name="line"),
             loop(lines, lambda k: self._lines(stepped, k, self.line), name="line")
             if self.step > self.line
             else seq([]),
@@ -108,9 +120,16 @@ class _StreamedRow:
 
     def unaligned(self) -> Expr:
         """Elements in front of the first whole line."""
-        store = self.streams[0]
+        return self._unaligned(self.streams[0])
+
+    def _unaligned(self, store: RowStore) -> Expr:
         assert store.stream is not None
         return self.streaming.unaligned(store.stream(i64(0)), store.dtype)
+
+    def alike(self) -> Expr:
+        """Whether there are as many for each of the outputs."""
+        others = [tirx.EQ(self._unaligned(s), self.unaligned()) for s in self.streams[1:]]
+        return both(others)
 
     def _cached(self, start: Expr, count: Expr) -> Stmt:
         """Elements that are no whole line, stored as usual: in vectors, then one by one."""

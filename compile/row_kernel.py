@@ -37,6 +37,7 @@ from normgraph.compile.tir import (
     when,
     zero,
 )
+from normgraph.compile.turned_order import TurnedOrder, step_of
 
 # Vectors that one accumulator takes before it is moved on; rows of a million elements have as many
 # runs as a run has vectors.
@@ -84,13 +85,20 @@ class RowStore:
 
 
 def row(
-    length: Length, sums: list[RowSum], stores: list[RowStore], *, lanes: int, unroll: int
+    length: Length,
+    sums: list[RowSum],
+    stores: list[RowStore],
+    *,
+    lanes: int,
+    unroll: int,
+    order: TurnedOrder | None = None,
 ) -> Stmt:
     """The statement that does one row.
 
     lanes: elements of one vector register. unroll: registers used side by side for each sum.
+    order: of the vectors, where there are no sums.
     """
-    return _Row(length, sums, stores, lanes, unroll).emit()
+    return _Row(length, sums, stores, lanes, unroll, order).emit()
 
 
 def registers_a_sum(sums: int, vector_bytes: int) -> int:
@@ -105,13 +113,20 @@ def registers_a_sum(sums: int, vector_bytes: int) -> int:
 
 class _Row:
     def __init__(
-        self, length: Length, sums: list[RowSum], stores: list[RowStore], lanes: int, unroll: int
+        self,
+        length: Length,
+        sums: list[RowSum],
+        stores: list[RowStore],
+        lanes: int,
+        unroll: int,
+        order: TurnedOrder | None,
     ) -> None:
         self.bounds = length
         self.length = length.elements
         self.stores = stores
         self.lanes = lanes
         self.wide = lanes * unroll
+        self.order = order
         self.sums = [_Accumulator(s, lanes, self.wide) for s in sums]
 
     def emit(self) -> Stmt:
@@ -148,7 +163,7 @@ class _Row:
         body: list[Stmt] = []
         n_wide = bind("n_wide", self.bounds.whole(self.wide), body)
         done_wide = bind("done_wide", times(n_wide, i64(self.wide)), body)
-        body.append(self._in_runs(n_wide) if self.sums else self._vectors(i64(0), n_wide, True))
+        body.append(self._in_runs(n_wide) if self.sums else self._in_order(n_wide))
         done = done_wide
         if self.wide > self.lanes:
             n_single = bind("n_single", floordiv(modulo(self.length, self.wide), self.lanes), body)
@@ -164,6 +179,16 @@ class _Row:
             body.append(self._one_by_one(done, rest))
             body.extend(acc.add_rest() for acc in self.sums)
         return seq(body)
+
+    def _in_order(self, n_wide: Expr) -> Stmt:
+        before: list[Stmt] = []
+        step = step_of(self.order, n_wide, before)
+
+        def one(k: Expr) -> Stmt:
+            return self._vector(times(step(k), i64(self.wide)), self.wide, [])
+
+        body = loop(n_wide, one, name="vector") if constant(n_wide) != 0 else None
+        return seq([*before, body])
 
     def _vectors(self, start: Expr, count: Expr, wide: bool) -> Stmt:
         width = self.wide if wide else self.lanes

@@ -109,6 +109,12 @@ class SlicePlan:
         return product([self.program.extents[a] for a in self.inner_axes])
 
     @property
+    def whole_inputs(self) -> list[Tensor]:
+        """The inputs that range over all axes."""
+        every = frozenset(self.wide_axes)
+        return [t for t in self.program.inputs if t.axes == every]
+
+    @property
     def in_columns(self) -> Any:
         """Whether slices are read as columns, for rows too short to be read one by one.
 

@@ -30,7 +30,8 @@ Strategy.
     memory in which the block's are made ready (`staged_block`), as much of them lies in lines that
     two of them share. With each line, what is read in its place in the next block is
     asked for where that gains (`next_block`); not where rows of a block go side by side, or all
-    columns together.
+    columns together, but for the short ones that are made ready. What is read again of a slice of
+    which L2 keeps only a part, is taken from its end (`turned_order`).
 
 Roofline. A, the bytes of one array, over the bandwidth of the level it comes from; s, d: of the
 last-level cache and of memory.
@@ -51,8 +52,9 @@ Rejected. Schedule primitives on the blocks (merge, rfactor, decompose_reduction
 silently drops a nest that stands between them, and tails need predicates that block vectorising.
 The compiler's own vectoriser with reassociation: it may cancel x - mean - delta. One pass with
 E[x^2] - E[x]^2: wrong at large means. Measured and no faster, on AVX-512: asking for the next block
-where outputs are stored as usual (in cache 13 to 35 % slower), the second pass backwards, the
-second pass of a row in one loop with the first of the next, larger blocks (in cache a quarter
+where outputs are stored as usual (in cache 13 to 35 % slower), the second pass backwards over what
+L2 keeps (1 MB on Granite Rapids, a tenth slower), the second pass of a row in one loop with the
+first of the next, larger blocks (in cache a quarter
 slower, for the second reading then comes from L2). Larger blocks in memory: reading and writing
 take turns there, and the longer each turn the slower: instance norm of 64x256x14x14 takes 1.7 times
 as long in blocks of 12 KB as in blocks of 4.
@@ -163,9 +165,6 @@ class _Emitter:
         body = [*opening, self._all_slices(), ordered, Finish(self.frame, self._lanes()).emit()]
         return self.frame.close(self.streaming.wrap(seq(body)))
 
-    def _whole_inputs(self) -> list[Tensor]:
-        return _whole(self.plan, self.program.inputs)
-
     def _lanes(self) -> int:
         sizes = [8 if "64" in t.dtype else 4 for t in self.plan.per_slice] or [4]
         wide = [t for t in self.program.inputs if t.dtype == "float64"]
@@ -204,7 +203,7 @@ class _Emitter:
         length = tirx.Max(self.plan.row_length, i64(1))
         room = tirx.Max(quotient(i64(self.knobs.columns), length), i64(1))
         most = tirx.Min(i64(self.knobs.column_channels), room)
-        channel_bytes = times(times(self.plan.rows, length), i64(_bytes_of(self._whole_inputs())))
+        channel_bytes = times(times(self.plan.rows, length), i64(_bytes_of(self.plan.whole_inputs)))
         cached = quotient(i64(self.knobs.column_bytes), tirx.Max(channel_bytes, i64(1)))
         most = tirx.Min(most, tirx.Max(cached, _ceildiv(i64(_FEWEST_COLUMNS), length)))
         # A multiple of eight tasks, if there is enough for them: two to eight threads share evenly.
@@ -271,11 +270,11 @@ class _Emitter:
         return tirx.NE(modulo(length, max(lines, default=1)), i64(0))
 
     def _has_parameters_along_rows(self) -> bool:
-        whole = self._whole_inputs()
+        whole = self.plan.whole_inputs
         return any(self.inner_axes[-1] in t.axes for t in self.program.inputs if t not in whole)
 
     def _blocks(self) -> Stmt:
-        one = len(self._whole_inputs()) == 1
+        one = len(self.plan.whole_inputs) == 1
         most = self.knobs.slices if one else self.knobs.slices_of_two
         if self.plan.lead_axes:
             most = self.knobs.channels
@@ -319,7 +318,7 @@ class _Emitter:
     def _slices_in_block(self, most: int, row_bytes: Expr) -> Expr:
         # At least eight tasks, so that two to eight threads have even shares.
         share = _ceildiv(self.slices, i64(8))
-        simple = len(self._whole_inputs()) == 1 and not self.plan.lead_axes
+        simple = len(self.plan.whole_inputs) == 1 and not self.plan.lead_axes
         long = self.knobs.long_row
         run, alone = i64(self.knobs.run_bytes), i64(long if simple else long // 2)
         if not self.plan.lead_axes:
@@ -354,7 +353,7 @@ def _bytes_of(tensors: Sequence[Tensor]) -> int:
 def _moved_bytes(plan: SlicePlan) -> int:
     """Bytes of an element of all whole-size inputs and outputs."""
     program = plan.program
-    return _bytes_of([*_whole(plan, program.inputs), *_whole(plan, program.outputs)])
+    return _bytes_of([*plan.whole_inputs, *_whole(plan, program.outputs)])
 
 
 def _fewest_streamed(plan: SlicePlan, streaming: Streaming) -> int:

@@ -15,7 +15,6 @@ from tvm import tirx
 from normgraph.compile.addressing import Position, element_count, offset
 from normgraph.compile.blocks import NotCanonical
 from normgraph.compile.kernel_frame import Frame
-from normgraph.compile.knobs import knobs
 from normgraph.compile.next_block import next_block, whole_inputs
 from normgraph.compile.output_row import can_stream, output_row
 from normgraph.compile.row_kernel import (
@@ -39,7 +38,6 @@ from normgraph.compile.tir import (
     i64,
     load,
     loop,
-    modulo,
     nest,
     plus,
     product,
@@ -50,6 +48,7 @@ from normgraph.compile.tir import (
     when,
     zero,
 )
+from normgraph.compile.turned_order import step_of, turned_order
 
 # Neighbours along a leading axis that one sum takes before it is moved on, so that the error of a
 # sum over many grows with its square root.
@@ -163,13 +162,19 @@ class SliceWork:
         def leading(index: list[Expr]) -> Stmt:
             at = Position(dict(zip(outer, index, strict=True)))
 
+            before: list[Stmt] = []
+            elements = times(self.plan.rows, self.plan.row_length)
+            order = None if sums else turned_order(self.plan, self.streaming, elements)
+            step = step_of(order, self.extents[first], before)
+
             def run(start: Expr, count: Expr) -> Stmt:
                 def one(n: Expr) -> Stmt:
-                    return self._inner(steps, at.at({first: plus(start, n)}), add, parts, exact)
+                    here = at.at({first: step(plus(start, n))})
+                    return self._inner(steps, here, add, parts, exact)
 
                 return self._added_up(parts, loop(count, one, name=f"n{first}"))
 
-            return runs(self.extents[first], _LEAD_RUN, run)
+            return seq([*before, runs(self.extents[first], _LEAD_RUN, run)])
 
         nested = nest([(f"n{a}", self.extents[a]) for a in outer], leading)
         return seq([*(tirx.AllocBuffer(buffer) for buffer in parts.values()), nested])
@@ -252,6 +257,8 @@ class SliceWork:
             return each(code)
         staged = self._staged(steps[0])
         past = staged.emit(each(lambda length: rows(length, None, staged)), followed=True)
+        if self.block.longest is None:  # rows of any length, for column sums that are not asked for
+            past = when(staged.ragged(), past, each(code))
         return when(self.large, past, each(lambda length: rows(length, None)))
 
     def _staged(self, step: Step) -> StagedBlock:
@@ -321,8 +328,16 @@ class SliceWork:
         return seq([*stmts, done])
 
     def _outputs(
-        self, length: Length, stores: list[RowStore], unroll: int, large: Expr | None
+        self,
+        length: Length,
+        stores: list[RowStore],
+        unroll: int,
+        large: Expr | None,
+        rows: int = 1,
     ) -> Stmt:
+        elements = times(length.elements, i64(rows))
+        short = self.block.longest is not None
+        order = None if short else turned_order(self.plan, self.streaming, elements)
         return output_row(
             length,
             stores,
@@ -330,6 +345,7 @@ class SliceWork:
             unroll=unroll,
             streaming=self.streaming,
             large=large,
+            order=order,
         )
 
     def _columns(
@@ -351,17 +367,13 @@ class SliceWork:
             for step in outputs:
                 stores += [reader.output(step, add) for reader in readers]
             large = self.large if staged is None else None
-            return seq([*stmts, self._outputs(length, stores, 1, large)])
+            return seq([*stmts, self._outputs(length, stores, 1, large, self.block.most)])
 
         if add or self.block.most == 1 or len(outputs) != 1:
             return rows(None)
-        line = self.streaming.line(outputs[0].op.out.dtype)
-        short = tirx.LE(length.elements, i64(knobs().staged_columns))
-        ragged = tirx.And(short, tirx.NE(modulo(length.elements, line), i64(0)))
         staged = self._staged(outputs[0])
-        return when(
-            tirx.And(self.large, ragged), staged.emit(rows(staged), followed=False), rows(None)
-        )
+        past = staged.emit(rows(staged), followed=False)
+        return when(tirx.And(self.large, staged.ragged()), past, rows(None))
 
     def _column_sums(
         self, readers: list[RowReader], columns: list[Step], row_axes: tuple[int, ...]

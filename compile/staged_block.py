@@ -13,6 +13,7 @@ from typing import Any
 from tvm import tirx
 
 from normgraph.compile.kernel_frame import Frame
+from normgraph.compile.knobs import knobs
 from normgraph.compile.streaming import Streaming
 from normgraph.compile.tensor_program import Tensor
 from normgraph.compile.tir import (
@@ -69,6 +70,11 @@ class StagedBlock:
         room = bind("room", plus(self.elements, i64(self.line)), before)
         self.buffer: Any = tirx.decl_buffer((room,), tensor.dtype, "staged", scope="global")
         before.append(tirx.AllocBuffer(self.buffer))
+
+    def ragged(self) -> Expr:
+        """Whether slices are short and end within lines, which the next ones then begin in."""
+        short = tirx.LE(self.length, i64(knobs().staged_columns))
+        return tirx.And(short, tirx.NE(modulo(self.length, self.line), i64(0)))
 
     def put(self, value: Expr, place: Expr) -> Stmt:
         """Make the output's element at `place` ready."""

@@ -90,8 +90,16 @@ TRIALS = (
     Trial("staged_columns", (0, 2048), _at("layer", "131072x105", "65536x301"), ("backward",)),
     Trial("streamed_apart", (32, 256), _at("layer", "131072x128", "65536x192"), ("forward",)),
     Trial("ahead_short", (0, 8192), _at("instance", "128x64x40x40", "64x64x80x80"), ("backward",)),
-    Trial("ahead_long", (4096, 524288), _at("instance", "48x1x512x512"), ("backward",)),
-    Trial("ahead_most", (131072, 8388608), _at("batch", "32x128x56x56", "96x16x128x128")),
+    Trial("ahead_long", (8192, 65536), _at("instance", "32x32x160x160"), ("backward",)),
+    Trial("ahead_bytes", (128 << 10, 4 << 20), _at("batch", "32x128x56x56", "24x32x128x128")),
+    Trial("ahead_bytes", (128 << 10, 4 << 20), _at("instance", "96x1x512x512"), ("forward",)),
+    Trial(
+        "ahead_bytes_of_two",
+        (64 << 10, 4 << 20),
+        _at("instance", "32x32x160x160", "96x1x512x512"),
+        ("backward",),
+    ),
+    Trial("turned", (512 << 10, 1 << 30), _at("instance", "96x1x512x512", "24x1x1024x1024")),
     Trial("serial", (8192, 131072), _at("layer", "16x1024", "64x1024")),
 )
 

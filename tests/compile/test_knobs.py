@@ -28,6 +28,7 @@ ELSEWHERE = {
     "exact_row": ("instance_norm", "forward"),
     "ahead_short": ("instance_norm", "backward"),
     "ahead_long": ("instance_norm", "backward"),
+    "ahead_bytes_of_two": ("instance_norm", "backward"),
     "far_run_bytes": ("instance_norm", "backward"),
     "far_long_row": ("instance_norm", "backward"),
     "streamed_run": ("instance_norm", "forward"),

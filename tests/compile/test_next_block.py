@@ -49,8 +49,10 @@ def test_rows_of_one_input(op: str, kind: str, length: int, program: Program) ->
         (2049, 1, False),
         (1024, 2, True),
         (1024, 3, False),
-        (131071, 1, False),
-        (131072, 1, True),
+        (16383, 1, False),
+        (16384, 1, True),
+        (48 * 1024, 1, True),  # of 8 bytes each
+        (48 * 1024 + 1, 1, False),
     ],
 )
 def test_planes_of_two_inputs(length: int, slices: int, asked: bool, program: Program) -> None:
@@ -64,8 +66,18 @@ def test_channels_lie_apart(program: Program) -> None:
     assert _asked(made, SLICES, 1) == 0
 
 
-def test_a_block_that_is_not_kept(program: Program) -> None:
-    made = program(NormSpec("batch_norm"), "forward", shape=(110, SLICES, 100, 100))
-    assert _asked(made, 4, 1) == 0
-    made = program(NormSpec("layer_norm"), "forward", shape=(SLICES, 1048577))
-    assert _asked(made, 4, 1) == 0
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 262144), ("float16", 524288), ("float64", 131072)]
+)
+def test_a_block_that_is_not_kept(dtype: str, most: int, program: Program) -> None:
+    """Of more than a megabyte, L2 keeps too little until it is read."""
+    for length in (most, most + 1):
+        made = program(NormSpec("layer_norm"), "forward", shape=(SLICES, length), dtype=dtype)
+        assert (_asked(made, 4, 1) != 0) == (length == most)
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [("forward", 1), ("backward", 2)])
+def test_of_channels_all_rows_count(kind: str, inputs: int, program: Program) -> None:
+    for rows in (26 // inputs, 27 // inputs + 1):
+        made = program(NormSpec("batch_norm"), kind, shape=(rows, SLICES, 100, 100))
+        assert (_asked(made, 4, 1) != 0) == (rows * inputs * 40_000 <= 1 << 20)

@@ -137,6 +137,43 @@ def test_every_alignment(
             assert _marks_left(dx)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize(
+    ("op", "declared"),
+    [
+        ("layer_norm", ("N", 1)),
+        ("rms_norm", ("N", 1)),
+        ("group_norm", ("N", 4, 1, 1)),
+    ],
+)
+def test_slices_of_one_element_have_outputs_of_several_alignments(
+    op: str, declared: tuple[int | str, ...], dtype: str, streamed: Callable[..., Any]
+) -> None:
+    """The statistics are then as large as y, and lie elsewhere in a line."""
+    spec = NormSpec(op, groups=4 if op == "group_norm" else None)
+    operator = streamed(spec, declared, dtype)
+    own, statistic = np.dtype(dtype), np.dtype("float64" if dtype == "float64" else "float32")
+    shape = (1024, *(extent if isinstance(extent, int) else 1 for extent in declared[1:]))
+    x = np.random.default_rng(0).standard_normal(shape).astype(own)
+    channels = shape[1]
+    given = {"x": x, "gamma": np.full(channels, 0.5, own)}
+    if op != "rms_norm":
+        given["beta"] = np.linspace(-1.0, 1.0, channels).astype(own)
+    want = reference.run(operator.spec, "forward", given)
+    aligned = {"y": own, "mean": statistic, "inv_std": statistic}
+    names = [e["name"] for e in operator.manifest["kinds"]["forward"]["outputs"]]
+    for placed in ((0, 0, 0), (0, 1, 3), (5, 0, 2), (4, 4, 4)):
+        out = {
+            name: _placed(want[name].shape, dtype_, ahead)
+            for (name, dtype_), ahead in zip(aligned.items(), placed, strict=True)
+            if name in names
+        }
+        operator.forward(*given.values(), out=out)
+        for name, array in out.items():
+            np.testing.assert_allclose(array.astype(np.float64), want[name], 1e-2, 1e-5)
+            assert _marks_left(array)
+
+
 def _close(found: Array, want: Array, dtype: str) -> None:
     error = np.max(np.abs(found.astype(np.float64) - want))
     assert error <= TOLERANCE[dtype] * np.max(np.abs(want))
