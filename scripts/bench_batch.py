@@ -26,11 +26,15 @@ REPEATED = 16 << 20
 
 
 class Batch:
-    """Inputs of one shape, made of a smaller batch repeated `times` where it exceeds REPEATED."""
+    """Inputs of one shape, made of a smaller batch repeated `times` where it exceeds REPEATED.
+
+    The smaller one has REPEATED bytes or the next more that go into the batch without a rest.
+    """
 
     def __init__(self, spec: NormSpec, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.times = max(1, 4 * prod(shape) // REPEATED)
+        most = max(1, min(4 * prod(shape) // REPEATED, shape[0]))
+        self.times = next(n for n in range(most, 0, -1) if shape[0] % n == 0)
         self.base = (shape[0] // self.times, *shape[1:])
         self.inputs = Inputs(spec, "float32", Case(self.base, 0.0), seed=0)
         self._tiled: dict[str, Array] = {}

@@ -159,6 +159,16 @@ def test_a_repeated_batch_with_one_wrong_part_is_found(
         batch.check(Peer("bad", lambda: bad, 1, fresh=False), "backward", want)
 
 
+@pytest.mark.parametrize(("samples", "times"), [(32, 4), (35, 5), (37, 1), (2, 2), (1, 1)])
+def test_a_repeated_batch_has_the_shape_that_is_asked_for(
+    samples: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_batch, "REPEATED", samples * 256 * 4 // 6)
+    batch = Batch(NormSpec("layer_norm"), (samples, 256))
+    assert batch.times == times
+    assert batch.take(["x"])["x"].shape == (samples, 256)
+
+
 def test_a_peer_of_the_sweep_that_gives_nothing_is_wrong() -> None:
     batch = Batch(NormSpec("layer_norm"), (2, 256))
     with pytest.raises(AccuracyError, match="idle, backward: gave none of dx"):
