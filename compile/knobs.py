@@ -56,7 +56,8 @@ class Knobs:
     ahead_bytes,                the next block is asked for while this one is stored past the caches
     ahead_bytes_of_two          where no more bytes of it than this are read: of one input or from
                                 far apart, and of two inputs whose blocks follow one another
-    ahead_short, ahead_long     of such two up to, and from, so many elements, and not between
+    ahead_short, ahead_long     of two inputs whose blocks follow one another it is asked for up to
+                                so many elements, and from so many on, and not between
     serial                      up to so many elements the calling thread works alone: a launch of
                                 the thread pool costs more than it gains
     """

@@ -38,7 +38,7 @@ class Target:
     """What `compile.build` compiles for.
 
     name: as given to `build`. triple, mcpu: as LLVM has them. features: the instruction sets a
-    host must have. added, disabled: where those differ from LLVM's model of mcpu.
+    host must have. added, disabled: what makes LLVM's model of mcpu one of a CPU with those alone.
     vector_bytes: size of a vector register, or of a CUDA thread's widest access.
     archs: of a CUDA target what it has machine code for; triple and mcpu are then the host's.
     """
@@ -97,10 +97,8 @@ class Target:
         """The target as TVM takes it, of a CUDA target with its host."""
         if self.archs:
             device = tvm.target.Target({"kind": "cuda", "arch": self.archs[0]})
-            return device.with_host(tvm.target.Target(_host_config(self.triple, self.mcpu)))
-        config = _host_config(self.triple, self.mcpu)
-        if changes := [*(f"+{f}" for f in self.added), *(f"-{f}" for f in self.disabled)]:
-            config["mattr"] = changes
+            return device.with_host(tvm.target.Target(_llvm(self.triple, self.mcpu)))
+        config = _llvm(self.triple, self.mcpu, self.added, self.disabled)
         return tvm.target.Target(config)
 
 
@@ -202,8 +200,13 @@ def resolve(name: str) -> Target:
     )
 
 
-def _host_config(triple: str, mcpu: str) -> dict[str, Any]:
-    return {"kind": "llvm", "mtriple": triple, "mcpu": mcpu}
+def _llvm(
+    triple: str, mcpu: str, added: Sequence[str] = (), disabled: Sequence[str] = ()
+) -> dict[str, Any]:
+    config: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": mcpu}
+    if changes := [*(f"+{f}" for f in added), *(f"-{f}" for f in disabled)]:
+        config["mattr"] = changes
+    return config
 
 
 def _described(name: str, description: str, triple: str, mcpu: str) -> Target:
@@ -218,14 +221,20 @@ def _host(name: str, description: str) -> Target:
     triple = _X86_TRIPLE if machine() == "x86_64" else _ARM_TRIPLE
     mcpu = str(codegen.llvm_get_system_cpu())
     modelled = _features(triple, mcpu)
-    offered = tuple(f for f in _known_features(triple) if has_feature(f, cpu_flags()))
+    offered = [f for f in _known_features(triple) if has_feature(f, cpu_flags())]
     added = tuple(f for f in offered if f not in modelled)
-    disabled = tuple(f for f in modelled if f not in offered)
-    return Target(name, description, triple, mcpu, offered, added, disabled)
+    # To LLVM one feature may imply another, and to lack one, that others are lacking as well.
+    more = _features(triple, mcpu, added)
+    disabled = tuple(f for f in more if f not in offered)
+    features = _features(triple, mcpu, added, disabled)
+    return Target(name, description, triple, mcpu, features, added, disabled)
 
 
-def _features(triple: str, mcpu: str) -> tuple[str, ...]:
-    enabled = _enabled(triple, mcpu)
+def _features(
+    triple: str, mcpu: str, added: Sequence[str] = (), disabled: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What code for such a CPU may use, of the known features."""
+    enabled = _enabled(triple, mcpu, added, disabled)
     return tuple(feature for feature in _known_features(triple) if feature in enabled)
 
 
@@ -233,8 +242,10 @@ def _known_features(triple: str) -> list[str]:
     return (_X86_FEATURES if triple == _X86_TRIPLE else _ARM_FEATURES).split()
 
 
-def _enabled(triple: str, mcpu: str) -> set[str]:
-    target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu})
+def _enabled(
+    triple: str, mcpu: str, added: Sequence[str] = (), disabled: Sequence[str] = ()
+) -> set[str]:
+    target = tvm.target.Target(_llvm(triple, mcpu, added, disabled))
     return {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
 
 

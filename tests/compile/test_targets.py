@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from tvm.target import codegen
 
 from normgraph import NormSpec
 from normgraph.compile import build, known_targets, link, resolve, targets
-from normgraph.cpu import cpu_flags, has_feature
+from normgraph.cpu import LEVELS, LINUX_NAMES, cpu_flags, has_feature
 from normgraph.errors import TargetError
 from normgraph.graphs import build as build_graph
 from normgraph.graphs import export
@@ -115,6 +116,42 @@ def test_cpu_has_what_the_system_offers_whatever_model_llvm_sees(
     models = {"backward": build_graph(spec, "backward", ("N", 67), "bfloat16")}
     kernels = compile_models(spec, models, target="cpu")
     kernels.check("backward", kernels.inputs("backward", {"N": 37}))
+
+
+@pytest.mark.skipif(not X86, reason="features of x86-64 CPUs")
+@pytest.mark.parametrize("model", ["nehalem", "x86-64-v3", "rocketlake", "znver4"])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"fma"},
+        {"f16c"},
+        {"avx"},
+        {"avx2"},
+        {"avx512f"},
+        {"avx512bw", "avx512vl"},
+        {"avx512_bf16"},
+        {"sse4_2", "popcnt"},
+    ],
+    ids=lambda hidden: ",".join(sorted(hidden)),
+)
+def test_code_for_this_machine_uses_nothing_that_the_system_hides(
+    model: str, hidden: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where LLVM takes one feature to imply another."""
+    module = importlib.import_module("normgraph.compile.targets")
+    v4 = {LINUX_NAMES.get(f, f.replace(".", "_")) for f in LEVELS["x86_64"]["x86-64-v4"]}
+    all_flags = v4 | {"avx512_bf16", "gfni"}
+    monkeypatch.setattr(module, "cpu_flags", lambda: frozenset(all_flags - hidden))
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: model)
+    target = resolve("cpu")
+    enabled = {str(feature) for feature in codegen.llvm_get_cpu_features(target.to_tvm())}
+    assert not {flag.replace("_", ".", 1) for flag in hidden if flag.startswith("sse")} & enabled
+    assert not {flag.replace("_", "") for flag in hidden} & enabled
+    # What it says that it needs is what LLVM may use, of all that this project knows.
+    for other in ("x86-64-v4", "znver4", "rocketlake", "diamondrapids"):
+        known = set(resolve(other).features)
+        assert known & set(target.features) == known & enabled
+    assert (target.vector_bytes == 64) == ("avx512f" in enabled)
 
 
 def test_x86_levels_need_more_and_more() -> None:
