@@ -18,17 +18,20 @@ def last_level_cache(caches: Path = _CACHES) -> int:
     """Bytes of the largest cache, but no more than 32 MB for each CPU that is seen to share it."""
     known = []
     for size in sorted(caches.glob("index*/size")):
-        text = size.read_text().strip()
+        try:
+            text = size.read_text().strip()
+        except OSError:  # a container may hide it
+            continue
         if text[-1:] in _UNITS and text[:-1].isdigit():
             shared = _count(size.with_name("shared_cpu_list"))
             known.append(min(int(text[:-1]) * _UNITS[text[-1]], shared * _MOST_A_CPU))
-    return max(known, default=USUAL)
+    return max(known, default=0) or USUAL
 
 
 def _count(cpus: Path) -> int:
     """The CPUs in a list such as 0-3,8; one where it cannot be read."""
     try:
         ranges = [part.split("-") for part in cpus.read_text().strip().split(",")]
-        return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+        return max(1, sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges))
     except (OSError, ValueError):
         return 1

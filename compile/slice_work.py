@@ -243,7 +243,7 @@ class SliceWork:
                 return rows(length, None)
             if self.block.most == 1 or any(step.is_sum for step in steps):
                 return rows(length, self.large)
-            # Looked at for each row, where its lines begin would take as long as some of it.
+            # By the block: where a row's lines begin is looked at for nothing in what is kept.
             return when(self.large, rows(length, self.large), rows(length, None))
 
         count = product([self.extents[a] for a in row_axes])

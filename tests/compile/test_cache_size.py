@@ -36,6 +36,7 @@ def _folder(root: Path, caches: dict[str, tuple[str, str | None]]) -> Path:
         ("491520K", None, 32 * MB),
         ("491520K", "", 32 * MB),
         ("2048K", "0", 2 * MB),
+        ("491520K", "3-0", 32 * MB),
     ],
 )
 def test_the_largest_cache(tmp_path: Path, size: str, cpus: str | None, bytes_of_it: int) -> None:
@@ -46,6 +47,10 @@ def test_the_largest_cache(tmp_path: Path, size: str, cpus: str | None, bytes_of
 def test_a_machine_that_does_not_say(tmp_path: Path) -> None:
     assert cache_size.last_level_cache(tmp_path / "none") == 32 * MB
     unreadable = _folder(tmp_path, {"index0": ("large", "0")})
+    assert cache_size.last_level_cache(unreadable) == 32 * MB
+    (unreadable / "index0" / "size").write_text("0K\n")
+    assert cache_size.last_level_cache(unreadable) == 32 * MB
+    (tmp_path / "index1" / "size").mkdir(parents=True)  # reading it fails, for every user
     assert cache_size.last_level_cache(unreadable) == 32 * MB
 
 
