@@ -257,8 +257,9 @@ class SliceWork:
             return each(code)
         staged = self._staged(steps[0])
         past = staged.emit(each(lambda length: rows(length, None, staged)), followed=True)
-        if self.block.longest is None:  # rows of any length, for column sums that are not asked for
-            past = when(staged.ragged(), past, each(code))
+        if self.block.longest is None:  # a row range's block: its rows may have any length
+            direct = each(lambda length: rows(length, self.large))
+            past = when(staged.ragged(), past, direct)
         return when(self.large, past, each(lambda length: rows(length, None)))
 
     def _staged(self, step: Step) -> StagedBlock:
